@@ -39,31 +39,31 @@ TINY = [
 ]
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
-SIZES = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "batch_size": 8, "epochs": 1}
 
 
 def tiny_config(**settings) -> TrainConfig:
     """Return the settings of a tiny run on shape_scenes."""
-    return TrainConfig(**(SIZES | settings))
+    sizes = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "batch_size": 8, "epochs": 1}
+    return TrainConfig(**(sizes | settings))
 
 
-def trainer(processes: Processes = ALONE, **settings) -> Trainer:
+def trainer(**settings) -> Trainer:
     """Return a trainer of a tiny model for steps on `batches`, four per epoch. It reads and writes no files."""
     config = tiny_config(**settings)
     data = DataSplits(range(4 * config.batch_size), range(8), tuple("abcdefghijkl"), None)
-    return Trainer(config, Path("unused"), data, processes, Interruption())
+    return Trainer(config, Path("unused"), data, ALONE, Interruption())
 
 
 def batches(trainer: Trainer) -> list[Batch]:
-    """Return micro-batches of noise for all steps of a trainer."""
-    generator, size = torch.Generator().manual_seed(1), trainer.config.batch_size // trainer.config.accumulate
+    """Return batches of noise for all steps of a trainer."""
+    generator, size = torch.Generator().manual_seed(1), trainer.config.batch_size
     return [
         Batch(
             torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator),
             torch.randint(12, (size,), generator=generator),
             torch.arange(size) % 2 == 0,
         )
-        for _ in range(trainer.total_steps * trainer.config.accumulate)
+        for _ in range(trainer.total_steps)
     ]
 
 
@@ -87,11 +87,10 @@ class Forked:
     """
 
     def __init__(self, argv: list[str], processes=1, hosts=1, script="pretrain", before="", restarts=None):
-        port = str(free_port())
+        port, local = str(free_port()), processes // hosts
         self.log = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115  (stays open)
         self.processes = []
-        for rank in range(processes):
-            local = processes // hosts
+        for rank in range(processes if restarts is None else 1):
             numbers = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": local}
             numbers |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment = {name: str(value) for name, value in numbers.items()} if processes > 1 else {}
@@ -99,32 +98,22 @@ class Forked:
                 environment = {"AGENT": f"{processes} {restarts} {port}"}
             arguments = (script, argv, environment, self.log.name, before)
             self.processes.append(_FORKED.Process(target=_main, args=arguments))
-            if restarts is not None:
-                break
-        for process in self.processes:
-            process.start()
-
-    @property
-    def returncode(self) -> int | None:
-        codes = [process.exitcode for process in self.processes]
-        return None if None in codes else next((code for code in codes if code), 0)
+            self.processes[-1].start()
 
     def poll(self) -> int | None:
-        return self.returncode
+        codes = [process.exitcode for process in self.processes]
+        return None if None in codes else next((code for code in codes if code), 0)
 
     def send_signal(self, number: int) -> None:
         for process in self.processes:
             os.kill(process.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float = 300) -> tuple[str, None]:
         deadline = time.time() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.time()))
             if process.exitcode is None:
-                self.kill()
+                self.send_signal(signal.SIGKILL)
                 raise TimeoutError(f"still running after {timeout} s:\n{self.log.read()}")
         return self.log.read(), None
 
@@ -228,7 +217,7 @@ def run(*arguments: str, status: int = 0, script: str = "pretrain", **how) -> st
     if how.get("processes", 1) > 1 or "before" in how:
         process = start(*arguments, script=script, **how)
         text, _ = process.communicate()
-        assert process.returncode == status, text
+        assert process.poll() == status, text
         return text
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         found = importlib.import_module(f"crate_fast.train.{script}").main([*TINY, *arguments])

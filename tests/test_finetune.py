@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from runs import TINY, entries, run, same, tiny_config, weights
+from runs import TINY, run, same, tiny_config, weights
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
@@ -37,9 +37,7 @@ def test_architecture_statistics_and_ema_weights_come_from_the_run(source, tmp_p
     assert finetune.main([*words, "--epochs", "1"]) == 0
     config = run_config(folder)
     assert (config.dim, config.depth, config.heads, config.patch_size, config.mean) == (32, 2, 2, 8, "half")
-    assert config.image_size == 48
-    text = capsys.readouterr().out
-    assert f"from {source} at step 12 (positions resampled)" in text
+    assert f"from {source} at step 12 (positions resampled)" in capsys.readouterr().out
     before, after = weights(source, 12, "ema"), weights(folder, 6)
     for name in before:
         if name != "pos_embedding":
@@ -47,41 +45,25 @@ def test_architecture_statistics_and_ema_weights_come_from_the_run(source, tmp_p
     assert after["pos_embedding"].shape == (1, 37, 32)
 
 
-def test_a_kept_classifier_has_the_validation_loss_of_the_run(source, tmp_path):
-    folder = tmp_path / "run"
-    words = [*SCENES, *TINY[4:6], "--init", f"{source}@12", "--lr", "1e-12", "--output", str(folder)]
-    assert finetune.main([*words, "--epochs", "1", "--weight-decay", "0"]) == 0
-    averaged = next(e for e in entries(source) if e["step"] == 12 and "ema_val_loss" in e)
-    tuned = next(e for e in entries(folder) if "val_loss" in e)
-    assert tuned["val_loss"] == pytest.approx(averaged["ema_val_loss"], abs=1e-5)
+def test_the_command_line_and_a_runs_own_settings_override_the_initial_run(source, tmp_path):
+    def settings(*words: str, recipe: str = "shape_scenes") -> TrainConfig:
+        return build_config(list(words), "", recipe, adjust=finetune.inheriting)[0]
 
-
-def test_the_command_line_overrides_the_run(source):
-    words = [*SCENES, "--init", str(source), "--dim", "64"]
-    config, _ = build_config(words, "", "shape_scenes", adjust=finetune.inheriting)
+    config = settings(*SCENES[2:], "--init", str(source), "--dim", "64")
     assert (config.dim, config.depth) == (64, 2)
-
-
-def test_a_recipe_may_name_the_run(source, tmp_path):
-    recipe = tmp_path / "mine.yaml"
+    recipe, known = tmp_path / "mine.yaml", run_config(source)
     recipe.write_text(f"init: {source}\nhead: new\n")
-    config, _ = build_config([], "", str(recipe), adjust=finetune.inheriting)
-    known = run_config(source)
-    assert (config.model, config.dim, config.depth, config.heads) == (
-        known.model,
-        known.dim,
-        known.depth,
-        known.heads,
-    )
-    (tmp_path / "config.yaml").write_text(dump_config(replace(config, dim=48)))  # of a run: its own settings count
-    again, _ = build_config([], "", str(tmp_path / "config.yaml"), adjust=finetune.inheriting)
-    assert again == replace(config, dim=48)
+    config = settings(recipe=str(recipe))
+    for name in ("model", "dim", "depth", "heads"):
+        assert getattr(config, name) == getattr(known, name)
+    (tmp_path / "config.yaml").write_text(dump_config(replace(config, dim=48)))
+    assert settings(recipe=str(tmp_path / "config.yaml")) == replace(config, dim=48)
 
 
 def test_a_missing_start_is_an_error(refuses, tmp_path, source):
     for words, message in (
         ([], "pass --init with a run's folder"),
-        (["--init", str(tmp_path / "nothing")], "neither a file nor the folder of a run"),
+        (["--init", f"{tmp_path}/nothing#state_dict"], "neither a file nor the folder of a run"),
         (["--init", f"{source}@best"], "pass RUN@STEP with a step number"),
         (["--init", str(tmp_path)], "has no config.yaml"),
     ):
@@ -89,9 +71,8 @@ def test_a_missing_start_is_an_error(refuses, tmp_path, source):
 
 
 def _file(tmp_path, model) -> str:
-    path = tmp_path / "weights.safetensors"
-    save_file(model.state_dict(), path)
-    return str(path)
+    save_file(model.state_dict(), path := str(tmp_path / "weights.safetensors"))
+    return path
 
 
 @pytest.mark.parametrize("sizes", [{}, {"model": "vit_tiny_patch16_224", "heads": 4}], ids=["crate", "timm"])
@@ -108,28 +89,28 @@ def test_another_number_of_classes_needs_a_new_head(tmp_path, sizes):
         assert torch.equal(value, (before if name in HEAD else source.state_dict())[name]), name
 
 
-def _demo_file(path, wrap=lambda state: {"model": state}, **sizes) -> dict:
+def _demo_file(path, **sizes) -> dict:
     """Save weights in the emergence paper's layout, `mlp_head.{0,1}` and the classifier `head`; return them."""
     arguments = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "dim_head": 16} | sizes
     state = CRATE(num_classes=7, head_hidden=True, **arguments).state_dict()
     state = {name.replace("mlp_head.2.", "head."): value for name, value in state.items()}
-    torch.save(wrap(state), path)
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
     return state
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_training_can_start_from_the_demo_checkpoint(tmp_path, frozen):
-    path = tmp_path / "demo.pth"
-    state = _demo_file(path, lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}})
+    path = str(tmp_path / "demo.pth")
+    state = _demo_file(path)
     assert num_classes_of(state) == 7
-    config = tiny_config(init=str(path), frozen=frozen, head="keep" if frozen else "new")
+    config = tiny_config(init=path, frozen=frozen, head="keep" if frozen else "new")
     model = build_model(config, 12)
     assert "new classifier (7 → 12 classes)" in load_initial(model, config)
     for name in state.keys() & model.state_dict().keys() - {"mlp_head.1.weight", "mlp_head.1.bias"}:
         assert torch.equal(model.state_dict()[name], state[name]), name
     if not frozen:
         with pytest.raises(UserError, match="has a classifier with a hidden layer: pass --head new"):
-            load_initial(build_model(config, 7), tiny_config(init=str(path)))
+            load_initial(build_model(config, 7), tiny_config(init=path))
 
 
 def test_the_demo_checkpoint_needs_its_number_of_heads(tmp_path):
@@ -141,25 +122,25 @@ def test_the_demo_checkpoint_needs_its_number_of_heads(tmp_path):
     load_initial(build_model(config := tiny_config(**sizes, heads=6), 3), config)
 
 
-@pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("kind", ["crate", "vit"])
-def test_a_files_grid_is_given_by_init_grid_or_taken_as_square(tmp_path, kind, size):
+def test_a_files_grid_is_given_by_init_grid_or_taken_as_square(tmp_path, kind):
     build, name, sizes = CRATE, "pos_embedding", {"heads": 2, "dim": 32, "depth": 2}
     if kind == "vit":
         build, name = partial(timm.create_model, "vit_tiny_patch16_224"), "pos_embed"
         sizes = {"num_heads": 3, "embed_dim": 48, "depth": 1}
-    wide, target = (build(img_size=side, patch_size=8, num_classes=12, **sizes) for side in ((16, 64), size))
-    path, side = _file(tmp_path, wide), size // 8
-    positions = wide.state_dict()[name]
-    for stated, grid in (("2x8", [2, 8]), ("", [4, 4])):
-        load_initial(target, tiny_config(init=path, init_grid=stated, image_size=size))
-        expected = resample_abs_pos_embed(positions, [side, side], grid)
-        torch.testing.assert_close(target.state_dict()[name], expected, rtol=0, atol=0)
+    wide, *targets = (build(img_size=size, patch_size=8, num_classes=12, **sizes) for size in ((16, 64), 32, 64))
+    path, positions = _file(tmp_path, wide), wide.state_dict()[name]
+    for target, side in zip(targets, (4, 8), strict=True):
+        config = {"init": path, "image_size": 8 * side}
+        for stated, grid in (("2x8", [2, 8]), ("", [4, 4])):
+            load_initial(target, tiny_config(**config, init_grid=stated))
+            expected = resample_abs_pos_embed(positions, [side, side], grid)
+            torch.testing.assert_close(target.state_dict()[name], expected, rtol=0, atol=0)
     with pytest.raises(UserError, match="init_grid=3×5 has 15 patches and the weights have 16"):
-        load_initial(target, tiny_config(init=path, init_grid="3x5", image_size=size))
+        load_initial(target, tiny_config(**config, init_grid="3x5"))
     save_file(wide.state_dict() | {name: positions[:, :16].contiguous()}, path)
     with pytest.raises(UserError, match="15 patches do not form a square grid.*pass init_grid"):
-        load_initial(target, tiny_config(init=path, image_size=size))
+        load_initial(target, tiny_config(**config))
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
@@ -179,10 +160,8 @@ def test_a_wrong_or_unneeded_grid_is_an_error(source):
 
 def test_the_grid_of_an_autoencoder_follows_from_its_positions(tmp_path):
     sizes = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    wide = CRATEMAE(img_size=(16, 64), **sizes)
-    path = _file(tmp_path, wide)
-    square = CRATEMAE(img_size=32, **sizes)
-    table = square.decoder_pos_embed.clone()
+    wide, square = (CRATEMAE(img_size=size, **sizes) for size in ((16, 64), 32))
+    path, table = _file(tmp_path, wide), square.decoder_pos_embed.clone()
     config = tiny_config(init=path, model="crate_mae_tiny_patch16_224")
     assert "positions of this image size" in load_initial(square, config)
     assert torch.equal(square.decoder_pos_embed, table)
@@ -192,13 +171,16 @@ def test_the_grid_of_an_autoencoder_follows_from_its_positions(tmp_path):
     torch.testing.assert_close(encoder.pos_embedding.detach(), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["test_convnext", "cait_xxs24_224", "hiera_tiny_224"])
-def test_models_with_other_positions_than_a_vits_load_unchanged(tmp_path, name):
+def test_models_with_other_positions_than_a_vits_load_unchanged(tmp_path):
     """Models without positions, without CLS, and with another layout."""
-    sizes = {} if name.startswith("test") else {"depth": 1} if name.startswith("cait") else {"embed_dim": 8}
-    models = [timm.create_model(name, num_classes=12, **sizes) for _ in range(2)]
-    assert load_initial(models[0], tiny_config(init=(path := _file(tmp_path, models[1])))) == path
-    assert same(dict(models[0].state_dict()), dict(models[1].state_dict()))
+    for name, sizes in (
+        ("test_convnext", {}),
+        ("cait_xxs24_224", {"depth": 1}),
+        ("hiera_tiny_224", {"embed_dim": 8}),
+    ):
+        models = [timm.create_model(name, num_classes=12, **sizes) for _ in range(2)]
+        assert load_initial(models[0], tiny_config(init=(path := _file(tmp_path, models[1])))) == path
+        assert same(dict(models[0].state_dict()), dict(models[1].state_dict()))
 
 
 def test_one_of_several_state_dicts_in_a_file_can_be_named(tmp_path):
@@ -207,16 +189,14 @@ def test_one_of_several_state_dicts_in_a_file_can_be_named(tmp_path):
     torch.save({"state_dict": model.state_dict(), "state_dict_ema": loaded.state_dict()}, path)
     load_initial(loaded, tiny_config(init=f"{path}#state_dict"))
     assert torch.equal(loaded.cls_token, model.cls_token)
-    with pytest.raises(UserError, match="neither a file nor the folder of a run"):
-        load_initial(loaded, tiny_config(init=f"{path}2#state_dict"))
 
 
-@pytest.mark.parametrize("change", [{"depth": 3}, {"dim": 48, "heads": 3}, {"sparsifier": "mlp"}])
-def test_weights_of_another_architecture_are_an_error(tmp_path, change):
-    path = _file(tmp_path, build_model(tiny_config(**change), 12))
+def test_weights_of_another_architecture_are_an_error(tmp_path):
     found = r"\(.*(transformer\.layers\.|cls_token: .*\[1, 1, 48\]).*\): set model"
-    with pytest.raises(ValueError, match=f"does not hold the weights of this model {found}"):
-        load_initial(build_model(tiny_config(), 12), tiny_config(init=path, head="new"))
+    for change in ({"depth": 3}, {"dim": 48, "heads": 3}, {"sparsifier": "mlp"}):
+        path = _file(tmp_path, build_model(tiny_config(**change), 12))
+        with pytest.raises(ValueError, match=f"does not hold the weights of this model {found}"):
+            load_initial(build_model(tiny_config(), 12), tiny_config(init=path, head="new"))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -1,5 +1,6 @@
 """One process, DDP, FSDP2 and hybrid sharding have the same losses and read each other's checkpoints."""
 
+import functools
 import json
 import math
 
@@ -41,25 +42,22 @@ def _agrees(folder, alone) -> None:
 
 
 def test_hybrid_sharding_over_two_hosts_trains_as_one_process(alone, tmp_path):
-    folder = tmp_path / "hosts"
-    text = run(*WORDS, "--parallel", "hsdp", "--output", str(folder), processes=4, hosts=2)
-    assert "on 4 × cpu (hsdp)" in text
-    _agrees(folder, alone)
+    words = (*WORDS, "--parallel", "hsdp", "--output", str(tmp_path))
+    assert "on 4 × cpu (hsdp)" in run(*words, processes=4, hosts=2)
+    _agrees(tmp_path, alone)
 
 
 @pytest.fixture(scope="module")
 def pair(alone, tmp_path_factory):
     """A function that returns the folder of a run of two processes by engine, which must agree with one process."""
-    made = {}
 
+    @functools.cache
     def finished(parallel: str):
-        if parallel not in made:
-            made[parallel] = tmp_path_factory.mktemp("pairs") / parallel
-            words = (*WORDS, "--output", str(made[parallel]), "--parallel", parallel, "--keep-checkpoints", "9")
-            text = run(*words, *ACCUMULATED, processes=2)
-            assert f"on 2 × cpu ({parallel})" in text
-            _agrees(made[parallel], alone)
-        return made[parallel]
+        folder = tmp_path_factory.mktemp("pairs") / parallel
+        words = (*WORDS, "--output", str(folder), "--parallel", parallel, "--keep-checkpoints", "9")
+        assert f"on 2 × cpu ({parallel})" in run(*words, *ACCUMULATED, processes=2)
+        _agrees(folder, alone)
+        return folder
 
     return finished
 
@@ -67,8 +65,8 @@ def pair(alone, tmp_path_factory):
 @pytest.mark.parametrize(("saved_by", "count", "loaded_by"), [("ddp", 3, "fsdp"), ("fsdp", 1, "ddp")])
 def test_a_checkpoint_of_two_processes_loads_into_any_number(alone, pair, tmp_path, saved_by, count, loaded_by):
     folder = back_to(pair(saved_by), 2, tmp_path / "run")
-    text = run(*WORDS, "--output", str(folder), "--resume", "--parallel", loaded_by, processes=count)
-    assert "from step 2 on" in text
+    words = (*WORDS, "--output", str(folder), "--resume", "--parallel", loaded_by)
+    assert "from step 2 on" in run(*words, processes=count)
     _agrees(folder, alone)
 
 
@@ -82,15 +80,15 @@ def test_a_resumed_run_of_two_processes_is_bit_identical(pair, tmp_path):
 
 def test_sharded_processes_skip_the_same_step_in_fp16(tmp_path):
     """The values of only one process are not finite."""
-    code = (
-        "import math\n"
-        "from crate_fast.train.trainer import Trainer\n"
-        "prepare = Trainer.prepare_images\n"
-        "def poisoned(self, images, flips=None):\n"
-        "    bad = self.step == 2 and self.processes.rank == 1 and flips is not None\n"
-        "    return prepare(self, images, flips) * (math.inf if bad else 1)\n"
-        "Trainer.prepare_images = poisoned\n"
-    )
+    code = """
+import math
+from crate_fast.train.trainer import Trainer
+prepare = Trainer.prepare_images
+def poisoned(self, images, flips=None):
+    bad = self.step == 2 and self.processes.rank == 1 and flips is not None
+    return prepare(self, images, flips) * (math.inf if bad else 1)
+Trainer.prepare_images = poisoned
+"""
     words = (*WORDS, "--parallel", "fsdp", "--precision", "fp16", "--output", str(tmp_path))
     run(*words, before=code, processes=2)
     assert json.loads((tmp_path / "summary.json").read_text())["skipped_steps"] == 1
@@ -100,9 +98,8 @@ def test_sharded_processes_skip_the_same_step_in_fp16(tmp_path):
 
 def test_settings_that_cannot_be_sharded_are_errors():
     pair = Processes(0, 0, 2, torch.device("cpu"), 2)
-    config = tiny_config(parallel="fsdp", clip_mode="agc", clip_grad=0.01)
     with pytest.raises(ValueError, match="clip_mode='agc' needs whole weights"):
-        check_settings(config, pair)
+        check_settings(tiny_config(parallel="fsdp", clip_mode="agc", clip_grad=0.01), pair)
     graphs = {"compile": True, "compile_mode": "reduce-overhead"}
     with pytest.raises(ValueError, match="use compile_mode='default', or parallel='ddp'"):
         check_settings(tiny_config(parallel="fsdp", **graphs), pair)

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from image_data import write_tree
 
 from crate_fast import CRATEMAE
 from crate_fast.errors import UserError
@@ -21,7 +20,6 @@ TINY = TrainConfig(
     image_size=32, patch_size=4, dim=C, depth=DEPTH, heads=HEADS, label_smoothing=0.0, batch_size=8, device="cpu"
 )
 TINY_MAE = dataclasses.replace(TINY, model="crate_mae_tiny_patch16_224", decoder_depth=1)
-MEASURED = {"images_per_s_per_device": 1000.0, "device": "NVIDIA H200", "devices": 1, "precision": "fp32"}
 
 
 def _changed(**changes) -> TrainConfig:
@@ -50,49 +48,35 @@ LINEAR, ATTENTION = 2 * N * C**2, 2 * 2 * N**2 * C  # a map C → C of all token
 def test_operations_of_a_step(changes, layer):
     forward = EMBED + HEAD + DEPTH * layer
     assert count_flops(meta_model(_changed(**changes), K), 32) == Flops(forward, 3 * forward)
-
-
-def test_operations_of_a_frozen_model():
-    forward = EMBED + HEAD + DEPTH * (3 * LINEAR + ATTENTION)
-    assert count_flops(meta_model(_changed(frozen=True), K), 32) == Flops(forward, forward + HEAD)
+    assert count_flops(meta_model(_changed(**changes, frozen=True), K), 32) == Flops(forward, forward + HEAD)
 
 
 def test_operations_of_a_timm_model():
     model = meta_model(_changed(model="vit_tiny_patch16_224", dim=None, depth=2, heads=None), K)
-    width = 192
-    embed = 2 * PATCHES * PATCH_DIM * width
+    width, embed = 192, 2 * PATCHES * PATCH_DIM * 192
     forward = embed + 2 * (12 * 2 * N * width**2 + 2 * 2 * N**2 * width) + 2 * width * K
     assert count_flops(model, 32) == Flops(forward, 3 * forward - embed)  # pixels need no gradient
 
 
-@pytest.mark.parametrize("visible_only", [False, True])
-def test_operations_of_an_autoencoder(visible_only):
-    n = 1 + PATCHES // 4 if visible_only else N
-    encoder = DEPTH * (3 * 2 * n * C**2 + 2 * 2 * n**2 * C) + (2 * n * C**2 if visible_only else 0)
-    forward = EMBED + encoder + 3 * LINEAR + ATTENTION + 2 * N * C * PATCH_DIM
-    model = meta_model(dataclasses.replace(TINY_MAE, visible_only=visible_only), 0)
-    assert count_flops(model, 32) == Flops(forward, 3 * forward - EMBED)  # pixels need no gradient
+def test_operations_of_an_autoencoder():
+    for visible_only, n in ((False, N), (True, 1 + PATCHES // 4)):
+        encoder = DEPTH * (3 * 2 * n * C**2 + 2 * 2 * n**2 * C) + (2 * n * C**2 if visible_only else 0)
+        forward = EMBED + encoder + 3 * LINEAR + ATTENTION + 2 * N * C * PATCH_DIM
+        model = meta_model(dataclasses.replace(TINY_MAE, visible_only=visible_only), 0)
+        assert count_flops(model, 32) == Flops(forward, 3 * forward - EMBED)  # pixels need no gradient
 
 
 def _kept(config: TrainConfig, device: str, dtype: torch.dtype | None, images: int = 4) -> int:
     return activation_bytes(meta_model(config, K), config, images, K, device, dtype)
 
 
-@pytest.mark.parametrize(
-    ("config", "dtype"),
-    [
-        (TINY, None),
-        (TINY, torch.bfloat16),
-        (_changed(attention="mhsa", sparsifier="mlp"), torch.bfloat16),
-        (TINY_MAE, None),
-        (dataclasses.replace(TINY_MAE, visible_only=True), None),
-    ],
-    ids=["fp32", "bf16", "ablations", "autoencoder", "visible_only"],
-)
-def test_activations_equal_those_of_a_real_forward_pass(config, dtype):
-    # The two statistics of a LayerNorm of bf16 rows (the patches) are in fp32, those of its fake in bf16.
-    statistics = 0 if dtype is None else 4 * PATCHES * 2 * 2
-    assert _kept(config, "cpu", dtype) == _really_saved(config, dtype) - statistics
+def test_activations_equal_those_of_a_real_forward_pass():
+    for config in (TINY, TINY_MAE, dataclasses.replace(TINY_MAE, visible_only=True)):
+        assert _kept(config, "cpu", None) == _really_saved(config, None), config
+    for config in (TINY, _changed(attention="mhsa", sparsifier="mlp")):
+        # The two statistics of a LayerNorm of bf16 rows (the patches) are in fp32, those of its fake in bf16.
+        found = _kept(config, "cpu", torch.bfloat16) + 4 * PATCHES * 2 * 2
+        assert found == _really_saved(config, torch.bfloat16), config
 
 
 def _really_saved(config: TrainConfig, dtype: torch.dtype | None) -> int:
@@ -127,10 +111,8 @@ def test_activations_in_bf16_by_the_kernels_by_hand():
 
 
 def test_ordinary_attention_keeps_what_fused_kernels_of_a_gpu_keep():
-    tied, ordinary = (
-        _kept(config, "cuda", torch.bfloat16, 8) - _kept(config, "cuda", torch.bfloat16, 4)
-        for config in (TINY, _changed(attention="mhsa"))
-    )
+    configs = (TINY, _changed(attention="mhsa"))
+    tied, ordinary = (_kept(c, "cuda", torch.bfloat16, 8) - _kept(c, "cuda", torch.bfloat16, 4) for c in configs)
     # key, value and the fp32 input of LayerNorm, but nothing of size N²
     assert ordinary - tied == 4 * DEPTH * ((2 + 2 + 4) * N * C + 4 * N)
 
@@ -140,11 +122,11 @@ def test_a_frozen_model_keeps_only_activations_of_the_classifier():
     assert _kept(config, "cpu", None, 8) - _kept(config, "cpu", None, 4) == 4 * (4 * (C + K) + 8)
 
 
-@pytest.mark.parametrize(("optimizer", "states"), [("adamw", 2), ("lion", 1), ("sgd", 1), ("lamb", 2)])
-def test_bytes_of_optimiser_states(optimizer, states):
+def test_bytes_of_optimiser_states():
     model = meta_model(TINY, K)
     parameters = sum(p.numel() for p in model.parameters())
-    assert optimizer_bytes(model, _changed(optimizer=optimizer)) == 4 * states * parameters
+    for optimizer, states in (("adamw", 2), ("lion", 1), ("sgd", 1), ("lamb", 2)):
+        assert optimizer_bytes(model, _changed(optimizer=optimizer)) == 4 * states * parameters
 
 
 def test_sharding_divides_all_tensors_with_several_rows(tmp_path):
@@ -159,8 +141,7 @@ def test_sharding_divides_all_tensors_with_several_rows(tmp_path):
         held = 4 * ((parameters - tokens) // processes + tokens)
         assert [sharded[name] for name in ("weights", "gradients", "optimizer", "ema")] == [held] * 4
         assert sharded["activations"] == whole["activations"]
-    names = ("weights", "gradients", "optimizer", "ema", "activations")
-    assert shared["total"] == sum(shared[name] for name in names)
+    assert shared["total"] == sum(value for name, value in shared.items() if name != "total")
 
 
 def test_the_numbers_of_a_plan_by_hand(tmp_path):
@@ -170,28 +151,20 @@ def test_the_numbers_of_a_plan_by_hand(tmp_path):
     assert (schedule["images"], schedule["steps_per_epoch"], schedule["steps"]) == (50_000, 390, 1_170)
     assert (schedule["images_seen"], schedule["micro_batch"], schedule["warmup_steps"]) == (149_760, 16, 390)
     assert schedule["peak_lr"] == pytest.approx(1e-3 * 128 / 256)
-    model = result["model"]
-    assert (model["parameters"], model["classes"]) == (694_186, 10)
+    assert (result["model"]["parameters"], result["model"]["classes"]) == (694_186, 10)
     assert result["data"]["gb_per_epoch"] == pytest.approx(0.19968)
-    flops = result["flops"]
-    assert flops["run"] == flops["step"] * 149_760
-    assert result["settings"]["epochs"] == 3
+    assert result["flops"]["run"] == result["flops"]["step"] * 149_760
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_can_be_planned_without_its_data(recipe, capsys):
     assert plan.main(["--recipe", recipe, "--gpus", "2", "--depth", "1"]) == 0
-    text = capsys.readouterr().out
-    assert text.startswith(f"{recipe} on 2 × cuda, ddp, bf16\n")
-    assert "not measured: pass --throughput" in text
-    assert max(map(len, text.splitlines())) <= 120
+    assert "not measured: pass --throughput" in capsys.readouterr().out
 
 
 def test_images_of_an_existing_folder_are_counted(tmp_path):
-    for name in ("a/inside/1.jpg", "a/2.PNG", "b/3.webp", "b/notes.txt", ".ipynb_checkpoints/1.jpg"):
-        file = tmp_path / "train" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+    names = ["a/inside/1.jpg", "a/2.PNG", "b/3.webp", "b/notes.txt", ".ipynb_checkpoints/1.jpg"]
+    write_tree(tmp_path / "train", dict.fromkeys(names, b""))
     config = TrainConfig(dataset="folder", data_dir=str(tmp_path))
     assert cost.find_data_size(config, "in1k_released", None, None) == (3, 2, f"counted in {tmp_path / 'train'}")
     assert cost.find_data_size(config, "in1k_released", 77, None)[:2] == (77, 2)
@@ -208,27 +181,33 @@ def test_images_of_an_existing_folder_are_counted(tmp_path):
         ("--gpus 0", "--gpus: 0: give a positive integer"),
         ("--optimizer lyon", "lyon"),
         ("--throughput nowhere", "nowhere is not a run"),
+        ("--dataset folder --data-dir EMPTY", "it holds no images"),
+        ("--depth 1 --throughput UNFINISHED", "has no throughput"),
     ],
 )
-def test_bad_plans_are_errors(words, message, refuses):
-    refuses(message, plan.main, words.split())
+def test_bad_plans_are_errors(words, message, tmp_path, refuses):
+    write_tree(tmp_path, {"EMPTY/train/notes.txt": b"", "UNFINISHED/config.yaml": b"depth: 1\n"})
+    words = [str(tmp_path / word) if word.isupper() else word for word in words.split()]
+    refuses(message, plan.main, words)
+    if "UNFINISHED" in words[-1]:
+        (tmp_path / "UNFINISHED" / "summary.json").write_text("{}")
+        refuses(message, plan.main, words)
 
 
-def test_an_empty_folder_is_an_error(tmp_path, refuses):
-    (tmp_path / "train").mkdir()
-    refuses("it holds no images", plan.main, ["--dataset", "folder", "--data-dir", str(tmp_path)])
+@pytest.fixture
+def measured(tmp_path):
+    """Folder of a finished run."""
+    (tmp_path / "config.yaml").write_text(
+        "{model: crate_small_patch8_224, image_size: 224, depth: 1, batch_size: 512}"
+    )
+    rate = {"images_per_s_per_device": 1000.0, "device": "NVIDIA H200", "devices": 1, "precision": "fp32"}
+    (tmp_path / "summary.json").write_text(json.dumps({"throughput": rate}))
+    return tmp_path
 
 
-def _run(folder: Path, text: str, throughput: dict | None = MEASURED) -> str:
-    (folder / "config.yaml").write_text(text)
-    (folder / "summary.json").write_text(json.dumps({} if throughput is None else {"throughput": throughput}))
-    return str(folder)
-
-
-def test_hours_follow_from_a_measured_rate(tmp_path, capsys):
-    run = _run(tmp_path, "model: crate_small_patch8_224\nimage_size: 224\ndepth: 1\nbatch_size: 512\n")
-    words = ["--recipe", "in21k_paper", "--depth", "1", "--gpus", "8"]
-    result = _plan(tmp_path, *words, "--throughput", run)
+def test_hours_follow_from_a_measured_rate(measured, tmp_path, capsys):
+    words = ["--recipe", "in21k_paper", "--depth", "1", "--gpus", "8", "--throughput", str(measured)]
+    result = _plan(tmp_path, *words)
     rate = result["rate"]
     assert rate["images_per_s"] == 8000
     assert rate["hours"] == pytest.approx(90 * 3466 * 4096 / 8000 / 3600)
@@ -236,18 +215,14 @@ def test_hours_follow_from_a_measured_rate(tmp_path, capsys):
     assert rate["mb_per_s"] == pytest.approx(880)
     remarks = "measured with precision fp32, planned with bf16; measured with devices 1, planned with 8"
     assert "; ".join(result["remarks"]) == remarks
-    text = capsys.readouterr().out
-    assert re.search(r"images per s per device +1,000\n  device +NVIDIA H200\n", text)
-    assert re.search(r"at that throughput, without evaluations\n  images per s +8,000\n", text)
-    assert "not measured" not in text
+    assert "not measured" not in capsys.readouterr().out
 
 
-def test_a_rate_of_another_model_is_an_error(tmp_path):
-    config = TrainConfig(model="crate_small_patch8_224", image_size=224, dim=384)
-    _run(tmp_path, "model: crate_small_patch8_224\nimage_size: 224\ndim: 384\n")
-    assert cost.read_throughput(tmp_path, config)["micro_batch"] == 128
+def test_a_rate_of_another_model_is_an_error(measured):
+    config = TrainConfig(model="crate_small_patch8_224", image_size=224, depth=1)
+    assert cost.read_throughput(measured, config)["micro_batch"] == 512
     for changes, message in (
-        ({"dim": 192}, r"another model \(dim 384 measured, 192 planned\)"),
+        ({"depth": 2}, r"another model \(depth 1 measured, 2 planned\)"),
         ({"attention": "mhsa"}, "attention None measured, 'mhsa' planned"),
         ({"model": "crate_tiny_patch16_224"}, "'crate_small_patch8_224' measured, 'crate_tiny_patch16_224' planned"),
         ({"patch_size": 16}, "patch_size None measured, 16 planned"),
@@ -255,11 +230,4 @@ def test_a_rate_of_another_model_is_an_error(tmp_path):
         ({"visible_only": True}, "visible_only False measured, True planned"),
     ):
         with pytest.raises(UserError, match=message):
-            cost.read_throughput(tmp_path, dataclasses.replace(config, **changes))
-
-
-def test_an_unfinished_run_has_no_rate(tmp_path, refuses):
-    words = ["--depth", "1", "--throughput", _run(tmp_path, "depth: 1\n", None)]
-    refuses("has no throughput", plan.main, words)
-    (tmp_path / "summary.json").unlink()
-    refuses("has no throughput", plan.main, words)
+            cost.read_throughput(measured, dataclasses.replace(config, **changes))

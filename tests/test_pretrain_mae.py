@@ -8,13 +8,13 @@ import torch
 from runs import ALONE, TINY, entries, losses, run, same, tiny_config, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from crate_fast import CRATE, CRATEMAE
+from crate_fast import CRATEMAE
 from crate_fast.checkpoints import released_state_dict
 from crate_fast.eval import attention_maps, reconstruction
 from crate_fast.eval.common.images import batches, open_images
 from crate_fast.eval.common.models import open_model
 from crate_fast.mae import encoder_state_dict, sincos_positions
-from crate_fast.train import finetune, pretrain, pretrain_mae, trainer
+from crate_fast.train import finetune, pretrain, pretrain_mae
 from crate_fast.train.data import build_splits, eval_loader
 from crate_fast.train.faults import diagnosis
 from crate_fast.train.objective import Reconstruction, objective_for
@@ -27,31 +27,26 @@ OPTIONS = ("--ema-decay", "0.9", "--hflip", "0.5")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mae") / "run"
-    return folder, run(*OPTIONS, "--output", str(folder), script="pretrain_mae")
+    run(*OPTIONS, "--output", str(folder), script="pretrain_mae")
+    return folder
 
 
 def test_a_run_writes_its_losses_and_figures(finished):
-    folder, text = finished
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["best_val_loss"] == min(e["ema_val_loss"] for e in entries(folder) if "val_loss" in e)
+    summary = json.loads((finished / "summary.json").read_text())
+    found = {entry["step"]: entry["ema_val_loss"] for entry in entries(finished) if "val_loss" in entry}
+    assert summary["best_val_loss"] == min(found.values())
     assert not {"val_accuracy", "chance"} & summary.keys()
-    assert f"validation loss {summary['val_loss']:.4f}; EMA weights: loss" in text
     for name in ("reconstruction.png", "attention.png", "curves.png"):
-        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
-        assert str(folder / name) in text
+        assert (finished / name).read_bytes()[:4] == b"\x89PNG"
     assert summary["attention_miou"]
-    assert sorted(losses(folder)) == list(range(1, 13))
-    assert losses(folder)[12] < losses(folder)[1]
-    events = EventAccumulator(str(folder / "tensorboard"))
+    assert losses(finished)[12] < losses(finished)[1]
+    events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
     assert "reconstruction" in events.Tags()["images"]
     assert {"loss", "val_loss", "coding_rate/layer_00", "sparsity/layer_01"} <= set(events.Tags()["scalars"])
-    model, config, step = load_model(folder)
-    found = {e["step"]: e["ema_val_loss"] for e in entries(folder) if "val_loss" in e}
+    model, _, step = load_model(finished)
     assert step == min(found, key=found.get)
-    assert isinstance(model, CRATEMAE)
-    assert same(released_state_dict(model), weights(folder, step, "ema"))
-    assert config.mask_ratio == 0.75
+    assert same(released_state_dict(model), weights(finished, step, "ema"))
 
 
 def test_losses_do_not_depend_on_processes_and_accumulation(no_figures, tmp_path):
@@ -62,13 +57,6 @@ def test_losses_do_not_depend_on_processes_and_accumulation(no_figures, tmp_path
     assert losses(other) == pytest.approx(losses(one), rel=2e-4)
     (first,), (second,) = ([e for e in entries(run) if "val_loss" in e] for run in (one, other))
     assert second["val_loss"] == pytest.approx(first["val_loss"], rel=2e-4)
-
-
-def test_the_default_recipe_is_shape_scenes_mae(monkeypatch):
-    seen = []
-    monkeypatch.setattr(trainer, "launch", lambda config, options: seen.append((config, options)) or 0)
-    assert pretrain_mae.main([]) == 0
-    assert (seen[0][0].dataset, seen[0][1].recipe) == ("shape_scenes", "shape_scenes_mae")
 
 
 @pytest.mark.parametrize(
@@ -90,10 +78,10 @@ def test_bad_settings_are_errors(words, message, tmp_path, refuses):
     refuses(message, pretrain_mae.main, [*TINY, *words, "--output", str(tmp_path / "run")])
 
 
-@pytest.mark.parametrize("words", [["--visible-only"], ["--mask-ratio", "0.5"], ["--decoder-depth", "1"]], ids=str)
-def test_settings_of_an_autoencoder_are_errors_for_a_classifier(words, tmp_path, refuses):
+def test_settings_of_an_autoencoder_are_errors_for_a_classifier(tmp_path, refuses):
     message = "model='crate_tiny_patch8_224' is not an autoencoder; leave them out"
-    refuses(message, pretrain.main, [*TINY, *words, "--output", str(tmp_path / "run")])
+    for words in (["--visible-only"], ["--mask-ratio", "0.5"], ["--decoder-depth", "1"]):
+        refuses(message, pretrain.main, [*TINY, *words, "--output", str(tmp_path / "run")])
 
 
 def test_pretrain_trains_an_autoencoder_of_four_patches(tmp_path):
@@ -122,10 +110,10 @@ def test_masks_of_evaluation_depend_only_on_the_image():
     objective = _objective()
     split = build_splits(objective.config).val
     (whole,) = eval_loader(objective.config, split)
-    shares = [next(iter(eval_loader(objective.config, split, rank=rank, world_size=2))) for rank in (0, 1)]
     noise = objective.noise(whole)
-    assert torch.equal(objective.noise(shares[1]), noise[1::2])
-    assert torch.equal(objective.noise(shares[0]), noise[0::2])
+    for rank in (0, 1):
+        (share,) = eval_loader(objective.config, split, rank=rank, world_size=2)
+        assert torch.equal(objective.noise(share), noise[rank::2])
     assert len(noise.unique(dim=0)) == len(whole.images)
 
 
@@ -138,32 +126,28 @@ def test_masks_of_training_depend_on_step_and_image():
 
 
 def test_fine_tuning_starts_from_the_encoder(finished, tmp_path, capsys):
-    folder, _ = finished
-    words = [*TINY, "--recipe", "finetune_cifar10", "--dataset", "shape_scenes", "--init", f"{folder}@12"]
+    words = [*TINY, "--recipe", "finetune_cifar10", "--dataset", "shape_scenes", "--init", f"{finished}@12"]
     assert finetune.main([*words, "--lr", "1e-9", "--epochs", "1", "--output", str(tmp_path)]) == 0
     assert "the encoder of an autoencoder, new classifier (no → 12 classes)" in capsys.readouterr().out
     model, config, _ = load_model(tmp_path)
-    assert isinstance(model, CRATE)
     assert config.model == "crate_mae_encoder_tiny_patch16_224"
-    expected = encoder_state_dict(weights(folder, 12, "ema"))
-    state = model.state_dict()
-    assert all(torch.allclose(state[name], value, atol=1e-5) for name, value in expected.items())
+    for name, value in encoder_state_dict(weights(finished, 12, "ema")).items():
+        assert torch.allclose(model.state_dict()[name], value, atol=1e-5), name
 
 
 def test_an_autoencoder_is_trained_further_at_another_image_size(finished, tmp_path, capsys, refuses):
-    words = [*TINY, "--init", f"{finished[0]}@12", "--image-size", "64", "--epochs", "1", "--lr", "1e-9"]
+    words = [*TINY, "--init", f"{finished}@12", "--image-size", "64", "--epochs", "1", "--lr", "1e-9"]
     assert pretrain_mae.main([*words, "--output", str(tmp_path / "run")]) == 0
     assert "(positions of this image size)" in capsys.readouterr().out
     model, _, _ = load_model(tmp_path / "run")
     torch.testing.assert_close(model.decoder_pos_embed, sincos_positions(32, (8, 8)))
-    torch.testing.assert_close(model.mask_token, weights(finished[0], 12, "ema")["mask_token"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.mask_token, weights(finished, 12, "ema")["mask_token"], atol=1e-5, rtol=0)
     words += ["--head", "new", "--output", str(tmp_path / "other")]
     refuses("no classifier to replace", pretrain_mae.main, words)
 
 
 def test_a_released_file_can_be_fine_tuned_and_evaluated(finished, tmp_path, capsys):
-    folder, _ = finished
-    model, _, _ = load_model(folder)
+    model, _, _ = load_model(finished)
     torch.save({"model": released_state_dict(model)}, tmp_path / "mae.pth")
     words = [*TINY, "--dataset", "shape_scenes", "--init", str(tmp_path / "mae.pth"), "--epochs", "1"]
     words += ["--recipe", "finetune_cifar10", "--model", "crate_mae_encoder_tiny_patch16_224"]
@@ -177,35 +161,33 @@ def test_a_released_file_can_be_fine_tuned_and_evaluated(finished, tmp_path, cap
 
 
 def test_protocols_read_the_last_layer_but_one_of_the_encoder(finished, tmp_path):
-    subject = open_model(str(finished[0]))
-    assert subject.extract.default_layer == 0  # of two layers
+    assert open_model(str(finished)).extract.default_layer == 0  # of two layers
     assert open_model("crate_mae_tiny_patch16_224@untrained").extract.default_layer == 10  # of twelve
     words = ["--data", "shape_scenes", "--limit", "3", "--output", str(tmp_path)]
-    assert attention_maps.main([str(finished[0]), *words]) == 0
+    assert attention_maps.main([str(finished), *words]) == 0
 
 
-def _subject():
+@pytest.fixture
+def subject():
     sizes = ["img_size=32", "patch_size=8", "embed_dim=32", "depth=1", "num_heads=2"]
     return open_model("crate_mae_tiny_patch16_224@untrained", model_args=sizes)
 
 
-def test_reconstructions_fill_the_hidden_patches():
-    subject = _subject()
+def test_reconstructions_fill_the_hidden_patches(subject):
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     rows = reconstructions(subject.autoencoder, images, subject.normalize, [0.5, 0.75], 0)
     for image, row in zip(images, rows, strict=True):
         plain, half, half_filled, most, most_filled = row
         assert torch.equal(plain, image.permute(1, 2, 0))
         hidden = [(masked == 128).all(dim=-1) for masked in (half, most)]
-        assert [mask.sum().item() for mask in hidden] == [8 * 64, 12 * 64]
+        assert [mask.sum() for mask in hidden] == [8 * 64, 12 * 64]
         assert (hidden[1] | ~hidden[0]).all()
         for mask, filled in zip(hidden, (half_filled, most_filled), strict=True):
             assert torch.equal(filled[~mask], plain[~mask])
             assert not torch.equal(filled[mask], plain[mask])
 
 
-def test_reconstruction_errors_by_hand(monkeypatch):
-    subject = _subject()
+def test_reconstruction_errors_by_hand(subject, monkeypatch):
     image_batches = list(batches(open_images("shape_scenes", 32, 5), 2, []))
     rows = reconstruction.evaluate(subject, image_batches, [0.75])
     whole = reconstruction.evaluate(subject, list(batches(open_images("shape_scenes", 32, 5), 5, [])), [0.75])
@@ -223,13 +205,10 @@ def test_reconstruction_errors_by_hand(monkeypatch):
 
 def test_the_command_measures_and_draws(finished, tmp_path, refuses):
     words = ["--data", "shape_scenes", "--limit", "4", "--ratios", "0.5,0.75", "--output", str(tmp_path)]
-    assert reconstruction.main([f"mae={finished[0]}", *words]) == 0
+    assert reconstruction.main([f"mae={finished}", *words]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["results"]["mae"]
     assert [row["mask_ratio"] for row in rows] == [0.5, 0.75]
     assert (tmp_path / "mae.png").read_bytes()[:4] == b"\x89PNG"
-    refuses(
-        "is not a CRATE-MAE: name a run of pretrain_mae",
-        reconstruction.main,
-        ["crate_tiny_patch8_224@untrained", *words],
-    )
-    refuses("decodes 32 px images only", reconstruction.main, [str(finished[0]), *words, "--image-size", "64"])
+    classifier = ["crate_tiny_patch8_224@untrained", *words]
+    refuses("is not a CRATE-MAE: name a run of pretrain_mae", reconstruction.main, classifier)
+    refuses("decodes 32 px images only", reconstruction.main, [str(finished), *words, "--image-size", "64"])

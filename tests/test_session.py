@@ -4,8 +4,9 @@ import json
 import math
 import multiprocessing
 import sys
-import types
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,12 +26,6 @@ from crate_fast.train.trainer import Trainer
 pytestmark = pytest.mark.usefixtures("no_figures")
 
 
-def _train(tmp_path, name: str, *words: str) -> Path:
-    folder = tmp_path / name
-    assert pretrain.main([*TINY, "--epochs", "1", *words, "--output", str(folder)]) == 0
-    return folder
-
-
 @pytest.mark.parametrize("warmup", [False, True])
 def test_the_ema_by_hand(warmup):
     averaged = trainer(ema_decay=0.9, ema_warmup=warmup, epochs=2)
@@ -43,18 +38,17 @@ def test_the_ema_by_hand(warmup):
         torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize(("rule", "factor"), [("none", 1), ("linear", 4), ("sqrt", 2)])
-def test_learning_rates_scale_with_the_batch(rule, factor):
-    config = TrainConfig(lr=1e-3, batch_size=1024, lr_scaling=rule, lr_base_batch=256, warmup_epochs=0, epochs=2)
-    assert config.peak_lr == pytest.approx(1e-3 * factor)
-    assert learning_rate(config, 0, 10) == pytest.approx(1e-3 * factor)
-    assert learning_rate(config, 10, 10) == pytest.approx(0.5e-3 * factor)
+def test_learning_rates_scale_with_the_batch():
+    for rule, factor in (("none", 1), ("linear", 4), ("sqrt", 2)):
+        config = TrainConfig(lr=1e-3, batch_size=1024, lr_scaling=rule, lr_base_batch=256, warmup_epochs=0, epochs=2)
+        assert config.peak_lr == pytest.approx(1e-3 * factor)
+        assert learning_rate(config, 0, 10) == pytest.approx(1e-3 * factor)
+        assert learning_rate(config, 10, 10) == pytest.approx(0.5e-3 * factor)
 
 
 def test_channels_last_does_not_change_the_loss():
     plain, other = trainer(), trainer(channels_last=True)
-    images = other.prepare_images(batches(other)[0].images)
-    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert other.prepare_images(batches(other)[0].images).is_contiguous(memory_format=torch.channels_last)
     for first, second in zip(steps(plain, 3), steps(other, 3), strict=True):
         assert first.measures["loss"] == pytest.approx(second.measures["loss"], rel=1e-5)
 
@@ -67,8 +61,7 @@ def test_a_run_compiles_with_the_given_mode(monkeypatch):
 
 
 def test_images_are_flipped_on_the_device():
-    ours = trainer()
-    batch = batches(ours)[0]
+    batch = batches(ours := trainer())[0]
     images = ours.prepare_images(batch.images, batch.flips)
     plain = ours.normalize(batch.images)
     assert torch.equal(images[0::2], plain[0::2].flip(-1))
@@ -77,18 +70,18 @@ def test_images_are_flipped_on_the_device():
     assert len(ours.prepare_images(batch.images[:0], batch.flips[:0])) == 0
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(7, None), (9, torch.bfloat16)])
-def test_bf16_is_the_default_on_gpus_that_multiply_it(capability, dtype, monkeypatch):
+def test_bf16_is_the_default_on_gpus_that_multiply_it(monkeypatch):
     """PyTorch reports support also for GPUs that emulate it, such as V100 and T4."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _device: True)
-    properties = types.SimpleNamespace(major=capability)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
     alone = Processes(0, 0, 1, torch.device("cuda", 0))
-    assert Objective(TrainConfig(), alone).dtype is dtype
-    assert Objective(TrainConfig(precision="bf16"), alone).dtype is torch.bfloat16
+    for capability, dtype in ((7, None), (9, torch.bfloat16)):
+        properties = SimpleNamespace(major=capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device, found=properties: found)
+        assert Objective(TrainConfig(), alone).dtype is dtype
+        assert Objective(TrainConfig(precision="bf16"), alone).dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -103,61 +96,55 @@ def test_autocast_stays_near_fp32(precision):
     [
         "--attention mhsa --sparsifier mlp --optimizer lion --precision bf16 --grad-checkpointing --clip-grad 0",
         "--residual paper --threshold soft --schedule released --decay-all --hflip 0.5",
-        "--model vit_tiny_patch16_224 --recipe RECIPE",
+        "--model vit_tiny_patch16_224 --heads 4",
     ],
     ids=lambda words: words.split()[1],
 )
 def test_runs_of_variants_end(words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(trainer_module, "multiplies_bf16", lambda: False)
-    recipe = tmp_path / "vit.yaml"
-    recipe.write_text("depth: 1\nepochs: 1\nbatch_size: 16\ntrain_samples: 32\nval_samples: 8\nimage_size: 32\n")
-    words = words.replace("RECIPE", str(recipe)).split()
-    start = ["--device", "cpu"] if str(recipe) in words else [*TINY, "--epochs", "1", "--train-samples", "32"]
-    assert pretrain.main([*start, *words, "--output", str(tmp_path / "run")]) == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    start = [*TINY, "--epochs", "1", "--train-samples", "32", "--output", str(tmp_path)]
+    assert pretrain.main([*start, *words.split()]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
     assert math.isfinite(summary["val_loss"])
-    assert ("attention_miou" in summary) == (str(recipe) not in words)
-    assert "epochs: 1\n" in (tmp_path / "run" / "config.yaml").read_text()
-    out = capsys.readouterr().out
-    assert "written:" in out
-    assert ("this processor has no bf16 instructions" in out) == ("bf16" in words)
+    assert ("attention_miou" in summary) == ("vit" not in words)
+    assert ("this processor has no bf16 instructions" in capsys.readouterr().out) == ("bf16" in words)
 
 
-def test_the_summary_has_the_last_evaluation(tmp_path):
-    folder = _train(tmp_path, "run", "--epochs", "3", "--eval-every", "2", "--ema-decay", "0.5")
-    rows = [entry for entry in entries(folder) if "val_loss" in entry]
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """Folder of a run with EMA, profile and W&B, resumed after its end; the stand-ins of its two W&B runs."""
+    runs, folder = [], tmp_path_factory.mktemp("logged") / "run"
+    words = [*TINY, "--epochs", "3", "--eval-every", "2", "--ema-decay", "0.5", "--wandb", "crate"]
+
+    def init(**settings) -> Mock:
+        runs.append(Mock(settings=settings))
+        return runs[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+        assert pretrain.main([*words, "--output", str(folder), "--profile", "2"]) == 0
+        assert pretrain.main([*words, "--output", str(folder), "--resume"]) == 0
+    return folder, runs
+
+
+def test_the_summary_has_the_last_evaluation(logged):
+    rows = [entry for entry in entries(logged[0]) if "val_loss" in entry]
     assert [row["step"] for row in rows] == [12, 18]
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((logged[0] / "summary.json").read_text())
     for name in ("val_accuracy", "val_loss", "ema_val_accuracy", "ema_val_loss"):
         assert rows[-1][name] == summary[name]
-    assert summary["throughput"]["images_per_s_per_device"] > 0
+    assert summary["throughput"]["images_per_s_per_device"] > 0  # measured by the first session
 
 
-def test_weights_and_biases_gets_the_values_of_the_other_logs(tmp_path, monkeypatch):
-    runs = []
-
-    class Run:
-        def __init__(self, **settings):
-            self.settings, self.logged, self.finished = settings, [], False
-            runs.append(self)
-
-        def log(self, values, step):
-            self.logged.append((step, values))
-
-        def finish(self):
-            self.finished = True
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: Run(**settings)))
-    folder = _train(tmp_path, "run", "--wandb", "crate")
-    assert pretrain.main([*TINY, "--epochs", "1", "--wandb", "crate", "--output", str(folder), "--resume"]) == 0
-    first, second = runs
+def test_weights_and_biases_gets_the_values_of_the_other_logs(logged):
+    folder, (first, second) = logged
     assert (first.settings["project"], first.settings["config"]["dim"]) == ("crate", 32)
     assert first.settings["id"] == second.settings["id"]
-    assert first.finished
-    logged = {(step, name): value for step, values in first.logged for name, value in values.items()}
+    first.finish.assert_called_once()
+    seen = {(c.kwargs["step"], name): value for c in first.log.mock_calls for name, value in c.args[0].items()}
     for entry in entries(folder):
-        assert all(logged[entry["step"], name] == value for name, value in entry.items() if name != "step")
-    assert (6, "sparsity/layer_01") in logged
+        assert all(seen[entry["step"], name] == value for name, value in entry.items() if name != "step")
+    assert (12, "sparsity/layer_01") in seen
 
 
 def test_without_the_package_of_weights_and_biases_there_is_an_error(tmp_path, monkeypatch, refuses):
@@ -166,24 +153,19 @@ def test_without_the_package_of_weights_and_biases_there_is_an_error(tmp_path, m
     refuses("this needs the package wandb: pip install", pretrain.main, words)
 
 
-def test_the_profile_has_the_last_steps(tmp_path):
-    folder = _train(tmp_path, "run", "--epochs", "2", "--profile", "2")
-    events = json.loads((folder / "profile" / "rank0.json").read_text())["traceEvents"]
+def test_the_profile_has_the_last_steps(logged):
+    events = json.loads((logged[0] / "profile" / "rank0.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep")}
     assert steps == {"ProfilerStep#10", "ProfilerStep#11"}
 
 
 def test_a_dry_run_trains_two_steps_and_writes_nothing(tmp_path, capsys, monkeypatch):
-    taken = []
-    train_step = Trainer.train_step
+    taken, train_step = [], Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", lambda self, *a: taken.append(self.step) or train_step(self, *a))
-    words = [*TINY, "--output", str(tmp_path / "run"), "--dry-run", "--ema-decay", "0.9"]
-    assert pretrain.main(words) == 0
+    assert pretrain.main([*TINY, "--output", str(tmp_path / "run"), "--dry-run", "--ema-decay", "0.9"]) == 0
     assert taken == [0, 1]
     assert list(tmp_path.iterdir()) == []
-    text = capsys.readouterr().out
-    assert "dry run: 2 steps" in text
-    assert "a checkpoint is" in text
+    assert "dry run: 2 steps" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -198,41 +180,34 @@ def folder(tmp_path_factory):
     return write_tree(tmp_path_factory.mktemp("images"), files)
 
 
-def _words(folder, *words) -> list[str]:
-    return [*TINY, "--dataset", "folder", "--data-dir", str(folder), "--batch-size", "20", *words]
+def _words(folder, run: Path, share: str, *words: str) -> list[str]:
+    words = ("--data-dir", str(folder), "--batch-size", "20", "--max-unreadable", share, *words)
+    return [*TINY, "--dataset", "folder", "--output", str(run), *words]
 
 
-@pytest.fixture(scope="module")
-def damaged_run(folder, tmp_path_factory):
-    """Folder of a run on the damaged images."""
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    assert pretrain.main(_words(folder, "--max-unreadable", "0.06", "--workers", "2", "--output", str(run))) == 0
-    return run
-
-
-def test_unreadable_images_are_named_counted_and_replaced(damaged_run, folder, tmp_path, capsys):
+def test_unreadable_images_are_named_counted_and_replaced(folder, tmp_path, capsys):
+    whole = tmp_path / "whole"
+    assert pretrain.main(_words(folder, whole, "0.06", "--workers", "2")) == 0
     assert not multiprocessing.active_children()  # they ignore SIGTERM, so Python would wait for them
-    lines = (damaged_run / "unreadable.txt").read_text().splitlines()
+    lines = (whole / "unreadable.txt").read_text().splitlines()
     names = [line.split(": ")[0].split("/")[-2:] for line in lines]
     assert sorted(map("/".join, names)) == ["ant/07.jpg", "bee/03.jpg", "bee/31.jpg"]
-    assert json.loads((damaged_run / "summary.json").read_text())["unreadable_images"] == 2
-    assert [entry["val_unreadable"] for entry in entries(damaged_run) if "val_accuracy" in entry] == [1, 1]
-    run = back_to(damaged_run, 5, tmp_path / "run")  # the count continues in a resumed run
-    words = _words(folder, "--max-unreadable", "0.06", "--workers", "0", "--output", str(run), "--resume")
-    assert pretrain.main(words) == 0
-    assert same(weights(damaged_run, 10), weights(run, 10))
-    assert json.loads((run / "summary.json").read_text())["unreadable_images"] == 2
-    assert (run / "unreadable.txt").read_text().count("\n") == 3  # each once, also after a resume
+    assert [entry["val_unreadable"] for entry in entries(whole) if "val_accuracy" in entry] == [1, 1]
+    run = back_to(whole, 5, tmp_path / "run")  # the count continues in a resumed run
+    assert pretrain.main(_words(folder, run, "0.06", "--resume")) == 0
+    assert same(weights(whole, 10), weights(run, 10))
+    assert [json.loads((f / "summary.json").read_text())["unreadable_images"] for f in (whole, run)] == [2, 2]
+    assert sorted((run / "unreadable.txt").read_text().splitlines()) == sorted(lines)  # each once
     assert "training images that could not be read: 2; see unreadable.txt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("share", "split"), [("0.01", "2 of 100 images"), ("0.04", "1 of 20 images")])
 def test_too_many_unreadable_images_stop_the_run(folder, tmp_path, share, split, refuses):
-    words = _words(folder, "--max-unreadable", share, "--workers", "0", "--output", str(tmp_path / "run"))
-    refuses(f"{split}.*could not be read.*max_unreadable={share}", pretrain.main, words)
-    assert (tmp_path / "run" / "unreadable.txt").read_text()
+    message = f"{split}.*could not be read.*max_unreadable={share}"
+    refuses(message, pretrain.main, _words(folder, tmp_path, share))
+    assert (tmp_path / "unreadable.txt").read_text()
     if "20" in split:  # validation images: the epoch before is saved
-        assert checkpoint.newest(tmp_path / "run" / "checkpoints") == 5
+        assert checkpoint.newest(tmp_path / "checkpoints") == 5
 
 
 def test_unreadable_validation_images_are_limited_per_evaluation(folder, tmp_path, monkeypatch):
@@ -244,6 +219,5 @@ def test_unreadable_validation_images_are_limited_per_evaluation(folder, tmp_pat
             yield from (batch._replace(problems=[f"image {next(numbers)}: gone"]) for batch in super().__iter__())
 
     monkeypatch.setattr(trainer_module, "eval_loader", lambda *a, **o: Flaky(eval_loader(*a, **o)))
-    words = _words(folder, "--max-unreadable", "0.07", "--output", str(tmp_path / "run"))
-    assert pretrain.main(words) == 0
+    assert pretrain.main(_words(folder, tmp_path, "0.07")) == 0
     assert next(numbers) == 2

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import itertools
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,8 +10,6 @@ import torch
 
 from crate_fast.train.data import shape_scenes
 from crate_fast.train.data.shape_scenes import CLASSES, ShapeScenes
-
-CHANCE = 1.0 / len(CLASSES)
 
 # sha256 of items 0 to 7 (images, labels, masks). A change invalidates every published number on this data. If it is
 # intended, copy the digests from the failure messages and train again what the README quotes.
@@ -22,8 +20,7 @@ GOLDEN = {
 }
 
 
-@dataclasses.dataclass
-class Sample:
+class Sample(NamedTuple):
     images: np.ndarray  # float32 [n, 3, S, S]
     labels: np.ndarray  # int64 [n]
     masks: np.ndarray  # bool [n, S, S]
@@ -62,14 +59,10 @@ def mask_moments(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @pytest.mark.parametrize("size", [16, 96, 224])
 def test_items_have_the_documented_shapes_and_dtypes(size):
-    dataset = ShapeScenes(3, image_size=size, with_mask=True)
-    image, label, mask = dataset[2]
+    image, label, mask = ShapeScenes(3, image_size=size, seed=2**64 - 1, with_mask=True)[2]
     assert (image.shape, image.dtype) == ((3, size, size), torch.uint8)
     assert (mask.shape, mask.dtype) == ((size, size), torch.bool)
     assert type(label) is int
-    assert len(ShapeScenes(3, image_size=size)[2]) == 2
-    assert (len(dataset), dataset.classes) == (3, CLASSES)
-    assert len(set(CLASSES)) == len(CLASSES) >= 10
 
 
 def test_a_scene_is_the_same_at_every_size():
@@ -95,17 +88,6 @@ def test_an_item_does_not_depend_on_the_batch():
     assert same(dataset[3], dataset[np.int64(3)])
 
 
-def test_seeds_and_splits_are_different_datasets():
-    variants = [
-        stacked(ShapeScenes(64, image_size=32, with_mask=True, seed=seed, split=split), range(64))
-        for seed, split in ((0, "train"), (0, "val"), (1, "train"), (2**64 - 1, "val"))
-    ]
-    images = np.concatenate([v.images for v in variants]).reshape(4 * 64, -1)
-    assert len(np.unique(images, axis=0)) == len(images)
-    for a, b in itertools.combinations(variants, 2):
-        assert (a.labels == b.labels).mean() < 0.35  # chance is 1/12, for 64 labels
-
-
 @pytest.mark.parametrize(("size", "seed", "split"), list(GOLDEN))
 def test_scenes_have_the_same_bits_as_ever(size, seed, split):
     digest = hashlib.sha256()
@@ -114,38 +96,26 @@ def test_scenes_have_the_same_bits_as_ever(size, seed, split):
     assert digest.hexdigest() == GOLDEN[size, seed, split], "shape_scenes changed: see the comment at GOLDEN"
 
 
-def recoloured(scene, value: float):
-    """Return the scene in flat light with the object painted in one grey."""
-    colour, tone = np.full_like(scene.item.colour, value), 0.0 * scene.item.tone
-    item = dataclasses.replace(scene.item, colour=colour, tone=tone)
-    return dataclasses.replace(scene, item=item, light=0.0 * scene.light)
-
-
 def test_the_mask_is_the_visible_object():
     size, n = 64, 200
     tables = shape_scenes._tables(size)
     scene = shape_scenes._draw_scene(0, "train", np.arange(n), tables)
-    dark, masks = shape_scenes._render(recoloured(scene, 0.0), range(n), size, tables)
-    bright, _ = shape_scenes._render(recoloured(scene, 255.0), range(n), size, tables)
+    rendered = []
+    for grey in (0.0, 255.0):  # the object in one grey, in flat light
+        colour = np.full_like(scene.item.colour, grey)
+        item = dataclasses.replace(scene.item, colour=colour, tone=0.0 * scene.item.tone)
+        plain = dataclasses.replace(scene, item=item, light=0.0 * scene.light)
+        rendered.append(shape_scenes._render(plain, range(n), size, tables))
+    (dark, masks), (bright, _) = rendered
     shows = (bright.astype(np.float32) - dark).mean(1) / 255.0  # how much of each pixel is object
     assert shows[masks].min() > 0.24  # half covered by the object, half of which is hidden
     assert shows[~masks].max() < 0.51
     alone = shape_scenes._coverage(tables.objects, scene.item, size, size) >= 0.5
     visible = masks.sum((1, 2)) / alone.sum((1, 2))
-    print(f"visible share of the object: min {visible.min():.3f}, whole in {(visible == 1.0).mean():.2f}")
     assert visible.min() >= 0.84  # 0.85 up to rounding to pixels
     assert 0.2 < (visible == 1.0).mean() < 0.9  # some objects are partly hidden
     _, expected, _ = zip(*ShapeScenes(n, with_mask=True).__getitems__(range(n)), strict=True)
     assert scene.item.stamp.tolist() == list(expected)
-
-
-def test_labels_are_balanced_and_random(sample):
-    n, k = len(sample.labels), len(CLASSES)
-    counts = np.bincount(sample.labels, minlength=k)
-    assert ((counts - n / k) ** 2 / (n / k)).sum() < 37.0, counts  # chi-square, 11 degrees: p = 1e-4
-    table = np.zeros((k, k))
-    np.add.at(table, (np.arange(n) % k, sample.labels), 1.0)
-    assert ((table - n / k**2) ** 2 / (n / k**2)).sum() < 199.0  # 121 degrees: mean + 5 sigma
 
 
 def test_the_silhouette_gives_the_label(sample):
@@ -156,9 +126,7 @@ def test_the_silhouette_gives_the_label(sample):
     dx, dy = place - cx[:, None, None], place[:, None] - cy[:, None, None]
     radius = np.sqrt((dx**2 + dy**2) / area[:, None, None])
     rings = [(sample.masks & (radius < r)).mean((1, 2)) / area for r in (0.2, 0.35, 0.5, 0.6, 0.7, 0.8)]
-    accuracy = probe_accuracy(np.stack(rings, axis=1), sample.labels)
-    print(f"probe on radial profile of the mask: {accuracy:.3f} (chance {CHANCE:.3f})")
-    assert accuracy > 0.45
+    assert probe_accuracy(np.stack(rings, axis=1), sample.labels) > 0.45
 
 
 def test_colour_area_and_position_do_not_give_the_label(sample):
@@ -174,17 +142,14 @@ def test_colour_area_and_position_do_not_give_the_label(sample):
         "position": np.stack([cx, cy], axis=1),
     }
     features["all of them"] = np.concatenate(list(features.values())[1:], axis=1)
-    n_held_out = len(sample.labels) // 2
-    bound = CHANCE + 4.0 * (CHANCE * (1.0 - CHANCE) / n_held_out) ** 0.5
+    chance = 1.0 / len(CLASSES)
+    bound = chance + 4.0 * (chance * (1.0 - chance) / (len(sample.labels) // 2)) ** 0.5
     for cue, values in features.items():
-        accuracy = probe_accuracy(values, sample.labels)
-        print(f"probe on {cue}: {accuracy:.3f} (chance {CHANCE:.3f}, bound {bound:.3f})")
-        assert accuracy < bound, cue
+        assert probe_accuracy(values, sample.labels) < bound, cue
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_bad_arguments_are_errors():
+    for arguments, message in (
         ({"num_samples": 0}, "num_samples is 0; pass an integer from 1"),
         ({"num_samples": 2.5}, "num_samples is 2.5; pass an integer"),
         ({"image_size": 8}, "image_size is 8; pass an integer from 16 to 512"),
@@ -192,17 +157,14 @@ def test_colour_area_and_position_do_not_give_the_label(sample):
         ({"image_size": "64"}, "image_size is '64'"),
         ({"seed": -1}, "seed is -1"),
         ({"split": "test"}, "split is 'test'; pass one of 'train', 'val'"),
-    ],
-)
-def test_bad_arguments_are_errors(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        ShapeScenes(**{"num_samples": 10, **arguments})
+    ):
+        with pytest.raises(ValueError, match=message):
+            ShapeScenes(**{"num_samples": 10, **arguments})
 
 
-@pytest.mark.parametrize("index", [-1, 10, 10**12])
-def test_an_index_out_of_range_is_an_error(index):
-    dataset = ShapeScenes(10, image_size=16)
-    with pytest.raises(IndexError, match=f"index {index} is out of range: pass 0 to 9"):
-        dataset[index]
-    with pytest.raises(IndexError, match=f"index {index} "):
-        dataset.__getitems__([0, index])
+def test_an_index_out_of_range_is_an_error():
+    for index in (-1, 10, 10**12):
+        with pytest.raises(IndexError, match=f"index {index} is out of range: pass 0 to 9"):
+            ShapeScenes(10, image_size=16)[index]
+        with pytest.raises(IndexError, match=f"index {index} "):
+            ShapeScenes(10, image_size=16).__getitems__([0, index])

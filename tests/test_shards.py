@@ -13,13 +13,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from image_data import config_of, encoded, grey, write_tar, write_tree
 from PIL import Image
 
 from crate_fast.errors import UserError
 from crate_fast.train import write_shards
-from crate_fast.train.data import build_splits, eval_loader, train_loader
+from crate_fast.train.data import build_splits, eval_loader
 from crate_fast.train.data.shards import ShardSource, find_shards
 
 
@@ -39,8 +38,7 @@ def _values(source: ShardSource) -> list[tuple[int, int]]:
     return [(int(np.asarray(Image.open(file))[0, 0, 0]), label) for file, label in files]
 
 
-@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-def test_neighbours_of_one_name_up_to_the_first_dot_are_a_sample(tmp_path, format):
+def test_neighbours_of_one_name_up_to_the_first_dot_are_a_sample(tmp_path):
     long = "f" * 90 + "/" + "x" * 60
     members = [
         ("README", b"no dot"),
@@ -55,11 +53,12 @@ def test_neighbours_of_one_name_up_to_the_first_dot_are_a_sample(tmp_path, forma
         (f"{long}.json", b'{"label": 1}'),
         (f"{long}.cls", b"5"),
     ]
-    source = _open(write_tar(tmp_path / "train-0.tar", members, format))
-    assert _values(source) == [(1, 3), (2, 4), (3, 5)]
-    assert source.n_labels == 6
-    assert source.name(1) == f"{tmp_path}/train-0.tar/b/0001.png"
-    assert source.name(2).startswith(f"{tmp_path}/train-0.tar/")
+    for format in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
+        source = _open(write_tar(tmp_path / f"{format}.tar", members, format))
+        assert _values(source) == [(1, 3), (2, 4), (3, 5)]
+        assert source.n_labels == 6
+        assert source.name(1) == f"{tmp_path}/{format}.tar/b/0001.png"
+        assert source.name(2).startswith(f"{tmp_path}/{format}.tar/")
 
 
 def test_shards_of_webdataset_are_read_as_by_timm(tmp_path):
@@ -70,9 +69,7 @@ def test_shards_of_webdataset_are_read_as_by_timm(tmp_path):
         for value in range(13):
             picture = np.full((20, 30, 3), value, np.uint8)
             writer.write({"__key__": f"n{value % 3}/im{value:03d}", "png": picture, "cls": value % 3})
-    shards = find_shards(tmp_path, "train")
-    assert len(shards) == 3
-    ours = _values(_open(*shards))
+    ours = _values(_open(*find_shards(tmp_path, "train")))
     assert ours == [(value, value % 3) for value in range(13)]
     theirs = create_dataset("wds/", root=str(tmp_path), split="train-{0000..0002}.tar|13", num_samples=13)
     assert sorted((np.asarray(image)[0, 0, 0], label) for image, label in theirs) == sorted(ours)
@@ -121,45 +118,39 @@ def test_ignored_image_files_are_counted_with_the_reason(tmp_path, capsys):
         assert f"3 image files are ignored, such as {shard}: 2.heic (supported: .jpg" in capsys.readouterr().err
 
 
-def test_class_names_are_read_from_a_file(tmp_path):
+def test_class_names_are_read_from_a_file_or_refused(tmp_path):
     shard = _write(tmp_path / "train-0.tar", [1, 2, 3, 4], lambda value: value % 3)
     _write(tmp_path / "validation-0.tar", [1, 2], lambda value: 0)
     assert build_splits(config_of(tmp_path, "shards")).classes == ("0", "1", "2")  # validation shows one of them
     for content in ("ant\nbee\ncat\n", "ant\r\nbee\r\ncat\r\n  \r\n", "\ufeffant \nbee\ncat\n\n"):
         (tmp_path / "classes.txt").write_text(content, encoding="utf-8", newline="")
         assert _open(shard).classes == ("ant", "bee", "cat")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+    for content, message in (
         (b"ant\nbee\n", "2 class names, but a label is 2: complete classes.txt"),
         (b"ant\n\nbee\n", r"classes\.txt: the name of class 1 is empty"),
         (b"\xff\xfe", r"classes\.txt cannot be read as class names"),
-    ],
-)
-def test_bad_class_names_are_errors(tmp_path, content, message):
-    (tmp_path / "classes.txt").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        _open(_write(tmp_path / "train-0.tar", [1, 2, 3], lambda value: value - 1))
+    ):
+        (tmp_path / "classes.txt").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            _open(shard)
 
 
 def test_the_index_is_cached_until_a_shard_changes(tmp_path, capsys, monkeypatch):
     shard = _write(tmp_path / "train-0.tar", [1, 2])
     assert len(_open(shard)) == 2
     cache = tmp_path / ".train-0.index.npz"
-    assert f"indexed 2 images of 1 shards in 0.0 s; cached in {cache}" in capsys.readouterr().err
+    assert re.search(rf"indexed 2 images of 1 shards in .* s; cached in {cache}\n", capsys.readouterr().err)
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)  # the headers are not read again
         assert _values(_open(shard)) == [(1, 1), (2, 0)]
     assert capsys.readouterr().err == ""
-    stat = shard.stat()
-    _write(shard, [4, 6])  # of the same size
-    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert shard.stat().st_size == stat.st_size
+    before = shard.stat()
+    _write(shard, [4, 6])
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert shard.stat().st_size == before.st_size
     assert _values(_open(shard)) == [(4, 0), (6, 0)]
     second = _write(tmp_path / "train-1.tar", [8])
-    assert len(_open(shard, second)) == 3
+    _open(shard, second)
     capsys.readouterr()
     assert _values(_open(shard, second.rename(tmp_path / "train-2.tar")))[2] == (8, 0)
     assert "indexed 3 images" in capsys.readouterr().err
@@ -174,51 +165,30 @@ def test_the_index_is_cached_until_a_shard_changes(tmp_path, capsys, monkeypatch
 
 
 def test_an_index_that_cannot_be_written_is_kept_in_memory(tmp_path, capsys):
-    shard = _write(tmp_path / "train-0.tar", [1, 2])
     (tmp_path / ".train-0.index.npz").mkdir()
-    assert len(_open(shard)) == 2
+    assert len(_open(_write(tmp_path / "train-0.tar", [1, 2]))) == 2
     assert "cached in memory only" in capsys.readouterr().err
 
 
-def test_a_source_can_be_pickled(tmp_path):
-    source = _open(_write(tmp_path / "train-0.tar", [1, 2]))
-    assert _values(pickle.loads(pickle.dumps(source))) == _values(source)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loaders_read_shards_from_any_process(tmp_path, workers):
-    for number in range(5):
-        _write(tmp_path / "train" / f"{number}.tar", range(number * 4, number * 4 + 4))
-    _write(tmp_path / "validation" / "0.tar", range(9))
-    config = config_of(tmp_path, "shards", workers=workers)
-    data = build_splits(config)
-    batches = list(train_loader(config, data.train))
-    for epoch in (batches[:5], batches[5:]):
-        values = torch.cat([batch.images[:, 0, 0, 0] for batch in epoch]).tolist()
-        labels = torch.cat([batch.labels for batch in epoch]).tolist()
-        assert sorted(zip(values, labels, strict=True)) == [(value, value % 2) for value in range(20)]
-    seen = [int(image[0, 0, 0]) for batch in eval_loader(config, data.val) for image in batch.images]
-    assert seen == list(range(9))
-
-
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
+def test_samples_without_image_or_label_are_errors(tmp_path):
+    twice = [("a.png", b""), ("a.cls", b"1"), ("a.png", b""), ("a.cls", b"0")]
+    for members, message in (
         ([("b/1.png", grey(1)), ("b/1.txt", b"3")], r"image b/1 has no label: put b/1.cls or b/1.json"),
         ([("1.cls", b"1")], "hold no images"),
-        ([("a.png", b""), ("a.cls", b"1"), ("a.png", b""), ("a.cls", b"0")], r"train-0\.tar: a\.png occurs twice"),
-        *(
-            ([("1.png", b""), (f"1.{suffix}", content)], rf"1.{suffix} holds .*integer from 0")
-            for suffix, content in [
-                *(("cls", b"cat"), ("cls", b"-1"), ("cls", b"3000000000"), ("cls", b"1" + b"0" * 30)),
-                *(("json", b"{}"), ("json", b'{"label": "3"}'), ("json", b"[]"), ("json", b"[" * 100_000)),
-            ]
-        ),
-    ],
-)
-def test_samples_without_image_or_label_are_errors(tmp_path, members, message):
-    with pytest.raises(UserError, match=message):
-        _open(write_tar(tmp_path / "train-0.tar", members))
+        (twice, r"train-0\.tar: a\.png occurs twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            _open(write_tar(tmp_path / "train-0.tar", members))
+
+
+def test_wrong_labels_are_errors(tmp_path):
+    for suffix, content in (
+        *(("cls", b"cat"), ("cls", b"-1"), ("cls", b"3000000000"), ("cls", b"1" + b"0" * 30)),
+        *(("json", b"{}"), ("json", b'{"label": "3"}'), ("json", b"[]"), ("json", b"[" * 100_000)),
+    ):
+        shard = write_tar(tmp_path / "train-0.tar", [("1.png", b""), (f"1.{suffix}", content)])
+        with pytest.raises(UserError, match=rf"1.{suffix} holds .*integer from 0"):
+            _open(shard)
 
 
 def test_a_damaged_archive_is_an_error(tmp_path):
@@ -235,11 +205,10 @@ def test_a_damaged_archive_is_an_error(tmp_path):
         whole[: header + 700],  # cut in a file
         b"\x1f\x8b" + whole,  # compressed
     ]
+    message = r"train-0\.tar is not a complete, uncompressed.*copy it again, or decompress"
     for content in damaged:
         shard.write_bytes(content)
-        with pytest.raises(
-            UserError, match=r"train-0\.tar is not a complete, uncompressed.*copy it again, or decompress"
-        ):
+        with pytest.raises(UserError, match=message):
             _open(shard)
     shard.write_bytes(whole.rstrip(b"\0").ljust(len(whole) // 512 * 512 + 512 * 40, b"\0"))
     assert len(_open(shard)) == 4
@@ -261,12 +230,12 @@ def folder(tmp_path, monkeypatch):
     """Arguments of write_shards for four images per class, large and small, one corrupt; workers are threads."""
     monkeypatch.setattr("multiprocessing.get_context", lambda kind: SimpleNamespace(Pool=ThreadPool))
     draw, files = np.random.default_rng(0), {}
-    for (k, folder), i in itertools.product(enumerate(("train/ant", "train/bee", "val/ant", "val/bee")), range(4)):
+    for folder, i in itertools.product(("train/ant", "train/bee", "val/ant", "val/bee"), range(4)):
         noise = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         picture = noise.resize((64, 48) if i % 2 else (20, 24), Image.Resampling.BICUBIC)
         suffix, kind = ("jpg", "JPEG") if i < 2 else ("png", "PNG")
-        files[f"{folder}/{k % 2}{i}.{suffix}"] = encoded(picture, kind, quality=95)
-    write_tree(tmp_path / "data", files | {"train/bee/13.png": b"text"})
+        files[f"{folder}/{i}.{suffix}"] = encoded(picture, kind, quality=95)
+    write_tree(tmp_path / "data", files | {"train/bee/3.png": b"text"})
     monkeypatch.chdir(tmp_path)
     return ["--data-dir", "data", "--val-split", "val", "--output", "shards", "--workers", "2"]
 
@@ -274,7 +243,7 @@ def folder(tmp_path, monkeypatch):
 def test_written_shards_have_the_readable_images_at_the_given_size(folder, capsys):
     assert write_shards.main([*folder, "--shorter-side", "24", "--per-shard", "3"]) == 0
     said = capsys.readouterr().out
-    assert re.search("unreadable images left out: 1(?s:.*)bee/13.png: UnidentifiedImageError", said)
+    assert re.search("unreadable images left out: 1(?s:.*)bee/3.png: UnidentifiedImageError", said)
     written = sorted(path.name for path in Path("shards").glob("*.tar*"))
     assert written == [f"{split}-0000{i}.tar" for split in ("train", "val") for i in range(3)]
     before = build_splits(config_of("data", val_split="val"))
@@ -285,20 +254,20 @@ def test_written_shards_have_the_readable_images_at_the_given_size(folder, capsy
         (old, label), (new, new_label) = before.val.images[i], after.val.images[i]
         assert label == new_label
         if old.size == (64, 48):
-            assert new.size == (32, 24)
             smaller = np.asarray(old.resize((32, 24), Image.Resampling.BICUBIC)).astype(float)
             assert np.abs(smaller - np.asarray(new)).mean() < 6  # of 255: the loss of JPEG
         else:
-            assert np.array_equal(np.asarray(old), np.asarray(new))
             assert after.val.images.open(i)[0].read() == Path(before.val.images.name(i)).read_bytes()
 
 
-def test_the_job_of_a_writing_process_can_be_pickled(folder, tmp_path):
+def test_a_source_and_the_job_of_a_writing_process_can_be_pickled(folder, tmp_path):
     source = build_splits(config_of("data", val_split="val")).train.images
     options = SimpleNamespace(output=tmp_path, shorter_side=24, quality=95, per_shard=8)
     write_shards._init_worker(*pickle.loads(pickle.dumps((source, "train", options))))
     assert len(write_shards._write_shard(0)) == 1
-    assert len(_open(tmp_path / "train-00000.tar")) == 7
+    written = _open(tmp_path / "train-00000.tar")
+    assert len(written) == 7
+    assert _values(pickle.loads(pickle.dumps(written))) == _values(written)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +278,6 @@ def test_the_job_of_a_writing_process_can_be_pickled(folder, tmp_path):
         (["--train-split", "a/b"], "names of shards cannot contain /"),
         (["--quality", "0"], "--quality: 0: give a positive integer"),
         (["--quality", "101"], "--quality 101: it must be at most 100"),
-        (["--bad"], "--bad"),
     ],
 )
 def test_bad_arguments_of_the_writer_are_errors(folder, words, message, refuses):

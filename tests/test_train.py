@@ -9,13 +9,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from runs import TINY, back_to, batches, entries, losses, run, same, steps, tiny_config, trainer, weights
+from runs import batches, run, steps, tiny_config, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crate_fast import CRATE
 from crate_fast.checkpoints import load_weights
 from crate_fast.eval import coarse_segmentation
-from crate_fast.train import checkpoint, pretrain
+from crate_fast.train import checkpoint
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.optimizer import clip_gradients, gradient_norm, learning_rate
 from crate_fast.train.runs import build_model
@@ -34,32 +34,18 @@ def test_a_run_writes_its_files_and_prints_their_paths(finished):
     folder, text = finished
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["chance"], summary["steps"]) == (pytest.approx(1 / 12), 12)
-    for scores in summary["attention_miou"].values():
-        assert scores["images"] + scores["without_objects"] == 12  # an object may have no patch of its own
-        assert 0 < scores["constant"] < 0.5
-        assert [row["layer"] for row in scores["layers"]] == [0, 1]
-        for row in scores["layers"]:
-            assert row["fixed_head"] == pytest.approx(max(row["per_head"]))
-            assert row["fixed_head"] <= row["best_head"] <= 1
     for name in ("config.yaml", "metrics.jsonl", "curves.png", "attention.png", "summary.json", "tensorboard"):
         assert (folder / name).exists()
         assert str(folder / name) in text
-    for key in ("last_checkpoint", "best_checkpoint"):
-        assert (Path(summary[key]) / "model.safetensors").is_file()
+    assert (Path(summary["best_checkpoint"]) / "model.safetensors").is_file()
     assert (folder / "attention.png").read_bytes()[:4] == b"\x89PNG"
     assert f"{summary['val_accuracy']:.4f}" in text
-
-
-def test_logs_and_weights_of_a_run_are_complete(finished):
-    folder, _ = finished
-    assert sorted(losses(folder)) == list(range(1, 13))
-    assert [entry["step"] for entry in entries(folder) if "val_accuracy" in entry] == [6, 12]
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     layers = {f"{name}/layer_{layer:02d}" for name in ("coding_rate", "sparsity") for layer in range(2)}
     assert {"loss", "accuracy", "lr", "val_accuracy", "images_per_s"} | layers <= set(events.Tags()["scalars"])
     model = CRATE(image_size=32, patch_size=8, num_classes=12, dim=32, depth=2, heads=2, dim_head=16)
-    load_weights(model, folder / "checkpoints" / "step_00000012" / "model.safetensors")
+    load_weights(model, Path(summary["last_checkpoint"]) / "model.safetensors")
 
 
 def test_training_fits_eight_images_of_noise():
@@ -87,27 +73,21 @@ def test_layer_decay_by_hand(decay_all):
 
 @pytest.mark.parametrize("mode", ["norm", "value", "agc"])
 def test_clipping_by_hand(mode):
-    torch.manual_seed(0)
-    config = tiny_config(depth=1, clip_grad=0.02, clip_mode=mode)
-    model = build_model(config, 12)
-    before = {}
+    model, before = build_model(tiny_config(depth=1), 12), {}
     for name, parameter in model.named_parameters():
         parameter.grad = torch.randn_like(parameter)
         before[name] = parameter.grad.clone()
-    clip_gradients(model, config.clip_grad, mode, gradient_norm(model))
+    clip_gradients(model, 0.02, mode, gradient_norm(model))
     total = torch.cat([gradient.flatten() for gradient in before.values()]).norm()
     for name, parameter in model.named_parameters():
-        gradient = before[name]
+        expected = gradient = before[name]
         if mode == "norm":
             expected = gradient * 0.02 / total
         elif mode == "value":
             expected = gradient.clamp(-0.02, 0.02)
-        elif name.startswith("mlp_head.1"):
-            expected = gradient
-        else:
-            dims = tuple(range(1, gradient.dim())) or None
-            norm = gradient.norm(dim=dims, keepdim=gradient.dim() > 1)
-            limit = 0.02 * parameter.detach().norm(dim=dims, keepdim=gradient.dim() > 1).clamp(min=1e-3)
+        elif not name.startswith("mlp_head.1"):
+            rows = {"dim": tuple(range(1, gradient.dim())) or None, "keepdim": gradient.dim() > 1}
+            norm, limit = gradient.norm(**rows), 0.02 * parameter.detach().norm(**rows).clamp(min=1e-3)
             expected = torch.where(norm < limit, gradient, gradient * limit / norm)
         torch.testing.assert_close(parameter.grad, expected, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -127,66 +107,46 @@ def test_coarse_segmentation_of_a_run_equals_its_summary(finished, tmp_path, ref
     refuses("holds no checkpoints", coarse_segmentation.main, [f"{folder}/checkpoints", *words])
 
 
-def test_a_finished_run_is_not_overwritten_and_resumes_to_its_summary(finished, refuses, capsys):
-    folder, _ = finished
-    before, words = weights(folder, 12), [*TINY, *OPTIONS, "--output", str(folder)]
-    refuses("pass --resume to continue it", pretrain.main, words)
-    assert pretrain.main([*words, "--resume"]) == 0
-    assert same(before, weights(folder, 12))
-    assert "validation accuracy" in capsys.readouterr().out
-
-
 def _save(root: Path, step: int, value: float) -> Path:
     weights = {"w": torch.full((1000,), value)}
     return checkpoint.save(root, step, weights, {"trainer": {"step": step}}, {"config": {}})
 
 
 @pytest.mark.parametrize(
-    ("name", "harm"),
+    ("name", "harm", "reason"),
     [
-        *(("model.safetensors", harm) for harm in ("cut", "flip", "delete")),
-        *(("training.pt", "flip"), ("manifest.json", "cut"), ("manifest.json", "delete")),
+        ("model.safetensors", "cut", r"is damaged: it has \d+ bytes instead of"),
+        ("model.safetensors", "flip", "is damaged: its SHA-256 differs"),
+        ("model.safetensors", "delete", "is missing"),
+        ("training.pt", "flip", "is damaged: its SHA-256 differs"),
+        ("manifest.json", "cut", "cannot be read"),
+        ("manifest.json", "delete", "cannot be read"),
     ],
 )
-def test_a_damaged_checkpoint_is_an_error_and_the_previous_one_loads(tmp_path, name, harm):
+def test_a_damaged_checkpoint_is_an_error_and_the_previous_one_loads(tmp_path, name, harm, reason):
     _save(tmp_path, 1, 1.0)
     path = _save(tmp_path, 2, 2.0) / name
-    content = path.read_bytes()
-    if harm == "cut":
-        path.write_bytes(content[: len(content) // 2])
-    elif harm == "flip":
-        middle = len(content) // 2
-        path.write_bytes(content[:middle] + bytes([content[middle] ^ 0x41]) + content[middle + 1 :])
-    else:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x41
+    path.write_bytes(content[: len(content) // 2] if harm == "cut" else content)
+    if harm == "delete":
         path.unlink()
-    with pytest.raises(checkpoint.CheckpointError, match=f"{name}.*step_00000001 is intact"):
+    with pytest.raises(checkpoint.CheckpointError, match=f"{name} {reason}.*step_00000001 is intact: delete"):
         checkpoint.load(tmp_path, 2)
     saved = checkpoint.load(tmp_path, 1)
     assert (saved.weights["w"][0], saved.training["trainer"]["step"]) == (1.0, 1)
 
 
-def test_resuming_from_a_cut_checkpoint_is_an_error(finished, tmp_path, refuses):
-    folder = back_to(finished[0], 12, tmp_path / "damaged")
-    path = folder / "checkpoints" / "step_00000012" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    words = [*TINY, *OPTIONS, "--output", str(folder), "--resume"]
-    refuses("model.safetensors is damaged: it has 1000 bytes.*step_00000006 is intact: delete", pretrain.main, words)
-
-
-DISK_ERRORS = [(errno.ENOSPC, "No space", "free some space"), (errno.EACCES, "denied", "check its permissions")]
-
-
-@pytest.mark.parametrize(("number", "reason", "remedy"), DISK_ERRORS)
-def test_a_failed_save_leaves_no_checkpoint(tmp_path, monkeypatch, number, reason, remedy):
+def test_a_failed_save_leaves_no_checkpoint(tmp_path, monkeypatch):
     _save(tmp_path, 1, 1.0)
-    monkeypatch.setattr(checkpoint.torch, "save", Mock(side_effect=OSError(number, reason)))
-    with pytest.raises(checkpoint.DiskError, match=f"{reason}.*{remedy}"):
-        _save(tmp_path, 2, 2.0)
-    assert checkpoint.steps(tmp_path) == [1]
-    checkpoint.load(tmp_path, 1)
-    monkeypatch.undo()
-    _save(tmp_path, 2, 2.0)
-    assert checkpoint.newest(tmp_path) == 2
+    for number, reason, remedy in (
+        (errno.ENOSPC, "No space", "free some space"),
+        (errno.EACCES, "denied", "check its permissions"),
+    ):
+        monkeypatch.setattr(checkpoint.torch, "save", Mock(side_effect=OSError(number, reason)))
+        with pytest.raises(checkpoint.DiskError, match=f"{reason}.*{remedy}"):
+            _save(tmp_path, 2, 2.0)
+        assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
