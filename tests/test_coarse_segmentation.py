@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from image_data import coco_box
-from test_images import changed_coco, make_voc
+from test_images import make_voc
 
 from crate_fast.eval import coarse_segmentation
 from crate_fast.eval.common.images import open_images
@@ -65,9 +64,9 @@ def test_average_precision_is_the_area_under_its_curve(levels):
     assert average_precision(weights, torch.zeros_like(target)).eq(0).all()
 
 
-def _scores(maps: torch.Tensor, targets, valid=None, fraction: float = 0.6) -> dict[str, dict]:
+def _scores(maps: torch.Tensor, targets, valid=None, labels=None, fraction: float = 0.6) -> dict[str, dict]:
     scores = AttentionScores(fraction)
-    scores.add({0: maps}, targets, valid)
+    scores.add({0: maps}, targets, valid, labels)
     return scores.result()
 
 
@@ -89,25 +88,15 @@ def test_the_best_head_is_chosen_for_each_image():
 
 def test_scores_are_averaged_over_an_images_classes_and_then_over_images():
     """The first image has one class, the second two."""
-    scores = AttentionScores()
     left, right, all_ = [1.0, 1, 0, 0], [0.0, 0, 1, 1], [1.0, 1, 1, 1]
-    maps = torch.tensor([[left, all_], [left, right]])
     targets = [torch.tensor([left]).bool(), torch.tensor([[1, 0, 0, 0], right]).bool()]
-    scores.add({3: maps}, targets, labels=[[5], [5, 6]])
-    row = scores.result()["topk"]["layers"][0]  # 60 % of 4 entries: 3 are kept, equal ones in order
+    result = _scores(torch.tensor([[left, all_], [left, right]]), targets, labels=[[5], [5, 6]])
+    row = result["topk"]["layers"][0]  # 60 % of 4 entries: 3 are kept, equal ones in order
     # left keeps 0, 1, 2; right keeps 2, 3, 0. Image 1: 2/3 for both heads. Image 2: class 5 1/3, class 6 2/3 (right).
-    assert row["layer"] == 3
     assert row["best_head"] == pytest.approx((2 / 3 + (1 / 3 + 2 / 3) / 2) / 2)
     assert row["by_class"] == pytest.approx({5: (2 / 3 + 1 / 3) / 2, 6: 2 / 3})
     assert row["per_head"] == pytest.approx([(2 / 3 + (1 / 3 + 1 / 4) / 2) / 2, (2 / 3 + (1 / 3 + 2 / 3) / 2) / 2])
     assert row["fixed_head"] == max(row["per_head"])
-
-
-def test_void_patches_are_ignored():
-    target, valid = torch.tensor([[True, True, False, False]]), torch.tensor([False, True, True, False])
-    result = _scores(torch.ones(1, 1, 4), [target], [valid], fraction=1.0)["topk"]
-    assert result["constant"] == pytest.approx(1 / 2)  # one of two valid patches is object
-    assert result["layers"][0]["best_head"] == pytest.approx(1 / 2)
 
 
 def test_the_mean_mask_is_the_mean_over_all_images():
@@ -120,12 +109,17 @@ def test_the_mean_mask_is_the_mean_over_all_images():
     assert (result["true_mask"], result["images"]) == (1.0, 4)
 
 
-def test_images_without_objects_are_counted_but_not_scored():
-    targets = [torch.zeros(0, 4, dtype=torch.bool), torch.tensor([[True, False, False, False]])]
-    mass = _scores(torch.rand(2, 1, 4), targets)["mass"]
-    assert (mass["images"], mass["without_objects"]) == (1, 1)
+def test_void_patches_objects_without_a_patch_and_images_without_objects_are_not_scored():
+    target, valid = torch.tensor([[True, True, False, False]]), torch.tensor([False, True, True, False])
+    result = _scores(torch.ones(1, 1, 4), [target], [valid], fraction=1.0)["topk"]
+    assert result["constant"] == pytest.approx(1 / 2)  # one of two valid patches is object
+    assert result["layers"][0]["best_head"] == pytest.approx(1 / 2)
+    targets = [target[:0], torch.cat([target & False, target])]  # the first object of the second image has no patch
+    result = _scores(torch.rand(2, 1, 4), targets, labels=[[], [6, 7]])["mass"]
+    counts = [result[name] for name in ("images", "objects", "without_objects", "objects_without_patch")]
+    assert (counts, list(result["layers"][0]["by_class"])) == ([1, 1, 1, 1], [7])
     with pytest.raises(ValueError, match="none of the 1 images has an object that covers a patch"):
-        _scores(torch.rand(1, 1, 4), [torch.zeros(1, 4, dtype=torch.bool)])
+        _scores(torch.rand(1, 1, 4), [target & False])
 
 
 def test_scores_do_not_depend_on_the_batch_size(tmp_path):
@@ -138,15 +132,6 @@ def test_scores_do_not_depend_on_the_batch_size(tmp_path):
         assert whole[reading]["random"] == pytest.approx(parts[reading]["random"])
 
 
-def test_objects_without_a_patch_are_counted(tmp_path):
-    small = coco_box(3, 5, 2, 40, 20, 6, 6)  # the cat, now of 6×6 pixels
-    data = changed_coco(tmp_path, lambda content, _: content["annotations"].__setitem__(2, small))
-    loaded = open_model(MODEL, image_size=32, model_args=SMALL)  # patches of 10×15 pixels
-    result = coarse_segmentation.evaluate(loaded, open_images(data, 32))["topk"]
-    assert (result["images"], result["objects"], result["objects_without_patch"]) == (1, 1, 1)
-    assert list(result["layers"][0]["by_class"]) == [7]
-
-
 def test_the_command_writes_scores_tables_and_figures(tmp_path, capsys, drawn):
     words = [f"A={MODEL}", f"B={MODEL}", "--model-args", *SMALL, "--data", f"voc:{make_voc(tmp_path / 'data')}"]
     words += ["--figure-images", "1"]
@@ -154,7 +139,7 @@ def test_the_command_writes_scores_tables_and_figures(tmp_path, capsys, drawn):
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     results = content["results"]
     assert results["A"] == results["B"]
-    assert len(results["A"]["mass"]["layers"]) == 2
+    assert [[*layer["by_class"]] for layer in results["A"]["mass"]["layers"]] == [["1", "3", "20"]] * 2
     assert (results["A"]["topk"]["images"], results["A"]["topk"]["without_objects"]) == (2, 1)
     assert content["config"]["models"][0]["image_size"] == [32, 32]
     assert {"commit", "torch", "command"} <= content["provenance"].keys()
