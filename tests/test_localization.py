@@ -85,47 +85,35 @@ def test_the_head_and_threshold_are_chosen_on_other_images():
     assert (scores["MaxBoxAcc 0.5"], scores["GT-known"]) == (0.5, 0)
 
 
-def _xml(path, *lefts: int, size: tuple[int, int] = (40, 20)) -> None:
-    sides = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
-    corners = [f"<xmin>{left}</xmin><ymin>5</ymin><xmax>{left + 9}</xmax><ymax>14</ymax>" for left in lefts]
-    boxes = [f"<object><bndbox>{edges}</bndbox></object>" for edges in corners]
-    write_tree(path.parent, {path.name: f"<annotation>{sides}{''.join(boxes)}</annotation>".encode()})
-
-
-def _left_edges(images: BoxedImages) -> list[float | None]:
-    return [next(iter(images[i].target.boxes[:, 0].tolist()), None) for i in range(len(images))]
-
-
 def test_boxes_are_found_by_path_or_by_a_unique_name(tmp_path):
-    blank = encoded(Image.new("RGB", (40, 20)))
-    write_tree(tmp_path / "photos", dict.fromkeys(("a/0.png", "a/1.png", "b/0.png", "b/1.png", "b/2.png"), blank))
-    _xml(tmp_path / "xml" / "a" / "0.xml", 3)
-    _xml(tmp_path / "xml" / "b" / "0.xml", 7, size=(0, 0))  # some tools write no size
-    _xml(tmp_path / "xml" / "deeper" / "2.xml", 10, 7)
-    images = BoxedImages(tmp_path / "photos", 40, tmp_path / "xml")
-    assert _left_edges(images) == [3, None, 7, None, 10]
-    assert images[4].target.boxes.tolist() == [[10, 5, 20, 15], [7, 5, 17, 15]]
+    photos = ("a/0.png", "a/1.png", "b/0.png", "b/1.png", "b/2.png")
+    write_tree(tmp_path / "photos", dict.fromkeys(photos, encoded(Image.new("RGB", (40, 20)))))
+    for name, width, *lefts in (("a/0", 40, 3), ("b/0", 0, 7), ("deeper/2", 40, 10, 7)):  # some tools write no size
+        corners = [f"<xmin>{left}</xmin><ymin>5</ymin><xmax>{left + 9}</xmax><ymax>14</ymax>" for left in lefts]
+        boxes = "".join(f"<object><bndbox>{edges}</bndbox></object>" for edges in corners)
+        xml = f"<annotation><size><width>{width}</width><height>{width // 2}</height></size>{boxes}</annotation>"
+        write_tree(tmp_path / "xml", {f"{name}.xml": xml.encode()})
     content = {"images": [{"id": 1, "file_name": "./a/0.png", "width": 80.0, "height": 40.0}]}
     content["annotations"] = [{"image_id": 1, "bbox": [4, 4, 4, 4]}]
     (tmp_path / "boxes.json").write_text("\ufeff" + json.dumps(content))
-    assert _left_edges(BoxedImages(tmp_path / "photos", 40, tmp_path / "boxes.json")) == [2, *[None] * 4]
+    by_xml, by_json = (BoxedImages(tmp_path / "photos", 40, tmp_path / name) for name in ("xml", "boxes.json"))
+    assert [by_xml[i].target.boxes[:1, 0].tolist() for i in range(5)] == [[3], [], [7], [], [10]]
+    assert [by_json[i].target.boxes[:1, 0].tolist() for i in range(5)] == [[2], [], [], [], []]
+    assert by_xml[4].target.boxes.tolist() == [[10, 5, 20, 15], [7, 5, 17, 15]]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_files_without_boxes_are_errors(photos, tmp_path):
+    for content, message in (
         ("[" * 100_000, "is not JSON"),
         ('{"images": [{"id": [1], "file_name": "0"}], "annotations": []}', "an integer or a string"),
         ('{"images": [{"id": 1, "file_name": "0"}, {"id": 2, "file_name": "0"}], "annotations": []}', "join them"),
         ('{"images": [{"id": 1, "file_name": "0"}], "annotations": [{"image_id":"1","bbox":[1,1,1,1]}]}', "unlike"),
         ('{"images": [{"id": 1, "file_name": "0"}], "annotations": [{"image_id": 1, "bbox": [9,1,-3,1]}]}', "bbox"),
         ('{"images": [{"id": 1, "file_name": "no.png"}], "annotations": [], "categories": []}', "none of the"),
-    ],
-)
-def test_files_without_boxes_are_errors(photos, tmp_path, content, message):
-    (tmp_path / "bad.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        BoxedImages(photos[0], 40, tmp_path / "bad.json")
+    ):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            BoxedImages(photos[0], 40, tmp_path / "bad.json")
 
 
 def test_the_command_writes_scores_and_a_figure(tmp_path):
