@@ -19,26 +19,18 @@ WORDS = "ours=crate_tiny_patch8_224@untrained --model-args depth=2 dim=32 heads=
 WORDS += " --dataset folder --val-split val"
 
 
-def test_knn_by_hand():
+def test_knn_by_hand(monkeypatch):
     train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 2.0], [0.1, 0.9], [-1.0, 0.0]])
-    labels = torch.tensor([0, 0, 1, 1, 2])
-    val = torch.tensor([[5.0, 0.4], [0.0, 0.1], [-2.0, -0.1]])
-    found = knn_predictions(train, labels, val, [1, 3])
-    for k in (1, 3):  # class 2: weighted by exp(cosine/0.07), the nearest outvotes two others
-        assert found[k].tolist() == [0, 1, 2]
+    labels, val = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([[5.0, 0.4], [0.0, 0.1], [-2.0, -0.1]])
+    for held in (2**26, 10, 1):  # similarities of all, two or one of the validation images at a time
+        monkeypatch.setattr(classify, "_MAX_SIMILARITIES", held)
+        found = knn_predictions(train, labels, val, [1, 3])
+        for k in (1, 3):  # class 2: weighted by exp(cosine/0.07), the nearest outvotes two others
+            assert found[k].tolist() == [0, 1, 2]
     even = knn_predictions(train, labels, val, [5], temperature=1e3)  # nearly equal weights
     assert even[5].tolist() == [0, 1, 1]  # class 2: two distant neighbours outvote the nearest
     with pytest.raises(ValueError, match="--k 6: there are 5 training images"):
         knn_predictions(train, labels, val, [6])
-
-
-def test_knn_does_not_depend_on_the_chunk_size(monkeypatch):
-    train, labels, val = torch.randn(50, 8), torch.randint(0, 4, (50,)), torch.randn(23, 8)
-    whole = knn_predictions(train, labels, val, [1, 5])
-    for held in (1, 350):  # similarities of 1 and 7 validation images at a time
-        monkeypatch.setattr(classify, "_MAX_SIMILARITIES", held)
-        parts = knn_predictions(train, labels, val, [1, 5])
-        assert all(torch.equal(parts[k], whole[k]) for k in whole)
 
 
 def test_a_linear_probe_finds_a_planted_direction_and_nothing_in_noise():
