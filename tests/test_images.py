@@ -126,9 +126,10 @@ def test_corrupt_images_are_named_and_skipped(tmp_path, capsys):
         list(batches(open_images(f"folder:{tmp_path}", 16), 2, []))
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
+def test_missing_data_is_an_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    make_coco(tmp_path / "coco")
+    for name, message in (
         ("voc:{}/absent", "no SegmentationClass folder"),
         ("coco:{}/absent", "neither .*instances_val2017.json nor .*instances_val2017.json exists"),
         ("coco:{}/coco:train2017", "instances_train2017.json"),
@@ -136,13 +137,9 @@ def test_corrupt_images_are_named_and_skipped(tmp_path, capsys):
         ("folder:{}/empty", "holds no images"),
         ("imagenet", "write folder:PATH"),
         ("shape_scenes:x", "write shape_scenes or"),
-    ],
-)
-def test_missing_data_is_an_error(tmp_path, name, message):
-    (tmp_path / "empty").mkdir()
-    make_coco(tmp_path / "coco")
-    with pytest.raises(UserError, match=message):
-        open_images(name.format(tmp_path), 32)
+    ):
+        with pytest.raises(UserError, match=message):
+            open_images(name.format(tmp_path), 32)
 
 
 def changed_coco(root, change):
