@@ -104,7 +104,6 @@ def test_boxes_are_found_by_path_or_by_a_unique_name(tmp_path):
 
 def test_files_without_boxes_are_errors(photos, tmp_path):
     for content, message in (
-        ("[" * 100_000, "is not JSON"),
         ('{"images": [{"id": [1], "file_name": "0"}], "annotations": []}', "an integer or a string"),
         ('{"images": [{"id": 1, "file_name": "0"}, {"id": 2, "file_name": "0"}], "annotations": []}', "join them"),
         ('{"images": [{"id": 1, "file_name": "0"}], "annotations": [{"image_id":"1","bbox":[1,1,1,1]}]}', "unlike"),
