@@ -389,19 +389,20 @@ def test_the_experiment_on_photographs_ends_in_a_report(photographs, tmp_path, c
     assert str(tmp_path) not in text
 
 
-def test_photographs_are_chosen_by_the_area_of_their_boxes(photographs, tmp_path):
-    prepare_photographs(photographs, None, None, tmp_path / "data")
-    protocol = dataclasses.replace(PHOTOGRAPHS["smoke"], coverage=(0.0, 0.3))
-    data = PhotographData(protocol, tmp_path / "data")
+def test_photographs_are_prepared_once_and_chosen_by_the_area_of_their_boxes(photographs, tmp_path):
+    for _ in range(2):
+        assert prepare_photographs(photographs, None, None, tmp_path / "data") == 20
+    data = PhotographData(dataclasses.replace(PHOTOGRAPHS["smoke"], coverage=(0.0, 0.3)), tmp_path / "data")
     covered = [16 * (10 + i) / 1024 for i in (*range(1, 6, 2), *range(7, 12, 2))]  # the test half, cats then dogs
     samples = list(data.test)
     assert [float(s.target.masks.float().mean()) for s in samples] == [c for c in covered if c <= 0.3]
     assert [s.target.classes for s in samples] == [[0], [0], [0], [1], [1]]
-    assert len(data.classified) == 6
-    assert data.with_masks is None
+    assert (len(data.classified), data.with_masks) == (6, None)
+    with pytest.raises(UserError, match="other photographs"):
+        prepare_photographs(photographs, None, f"coco:{photographs / 'coco'}", tmp_path / "data")
 
 
-def test_missing_photographs_are_errors(photographs, tmp_path, refuses):
+def test_missing_photographs_and_classes_are_errors(photographs, tmp_path, refuses):
     for option, value, message in (
         ("--data", f"photographs:{tmp_path}/none", "a folder with train and val"),
         ("--data", "photos", "write shape_scenes, or photographs:DIR"),
@@ -410,14 +411,6 @@ def test_missing_photographs_are_errors(photographs, tmp_path, refuses):
         ("--cifar10", str(photographs), "belongs to --data shape_scenes"),
     ):
         refuses(message, main, [*on_photographs(photographs, tmp_path / "run"), option, value])
-
-
-def test_other_photographs_need_another_folder(photographs, tmp_path):
-    prepare_photographs(photographs, None, None, tmp_path / "data")
-    assert prepare_photographs(photographs, None, None, tmp_path / "data") == 20
-    with pytest.raises(UserError, match="other photographs"):
-        prepare_photographs(photographs, None, f"coco:{photographs / 'coco'}", tmp_path / "data")
-    shutil.rmtree(tmp_path / "data")
     shutil.copytree(photographs / "val" / "cat", tmp_path / "few" / "val" / "cat")
     shutil.copytree(photographs / "val", tmp_path / "few" / "train")
     with pytest.raises(UserError, match="must have the classes of train.*dog"):
