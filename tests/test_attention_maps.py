@@ -29,7 +29,7 @@ def test_noise_has_the_given_share_of_pixels_and_deviation_and_depends_on_seed_a
     assert not torch.equal(noisy, add_noise(images, 30, 0.25, seed=1))
 
 
-def test_more_noise_keeps_the_pixels_of_less_noise_and_scales_with_sigma():
+def test_more_noise_keeps_the_pixels_of_less_noise_scales_with_sigma_and_is_clipped_not_wrapped():
     images = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
     few, more, all_ = (add_noise(images, 20, share, seed=3).int() for share in (0.2, 0.6, 1))
     for smaller, larger in ((few, more), (more, all_)):
@@ -40,13 +40,10 @@ def test_more_noise_keeps_the_pixels_of_less_noise_and_scales_with_sigma():
     assert ((few - 128) - 2 * (weak - 128)).abs().max() <= 1  # both are rounded
     for sigma, share in ((0, 1), (99, 0), (0.09, 1)):  # the last is rounded to the nearest
         assert torch.equal(add_noise(images, sigma, share, seed=3), images)
-
-
-@pytest.mark.parametrize("value", [0, 255])
-def test_noise_is_clipped_not_wrapped(value):
-    noisy = add_noise(torch.full((1, 3, 32, 32), value, dtype=torch.uint8), 40, 1, seed=0)
-    assert noisy.eq(value).double().mean().item() == pytest.approx(0.5, abs=0.03)
-    assert (noisy.int() - value).abs().max() < 40 * 5
+    for value in (0, 255):
+        noisy = add_noise(torch.full_like(images, value), 40, 1, seed=0)
+        assert noisy.eq(value).double().mean().item() == pytest.approx(0.5, abs=0.03)
+        assert (noisy.int() - value).abs().max() < 40 * 5
 
 
 def test_bad_noise_arguments_are_errors():
