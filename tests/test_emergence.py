@@ -24,7 +24,7 @@ from crate_fast.eval.common.results import markdown_table
 from crate_fast.eval.emergence import runs as runs_module
 from crate_fast.eval.emergence.command import main
 from crate_fast.eval.emergence.data import PhotographData, prepare_photographs
-from crate_fast.eval.emergence.protocol import MODELS, ORDER, SIZES, Protocol, Run, settings_table
+from crate_fast.eval.emergence.protocol import MODELS, SIZES, Protocol, Run, settings_table
 from crate_fast.eval.emergence.results import Results, at_accuracy, at_checkpoint, held_out_accuracy, validated
 from crate_fast.eval.emergence.runs import Folders, Job, Resources, train_and_score
 from crate_fast.train.data import build_splits
@@ -61,12 +61,10 @@ def test_a_processor_without_bf16_products_trains_in_fp32(monkeypatch):
 
 
 @pytest.mark.parametrize(("data", "folder"), [("shape_scenes", "."), ("photographs", "photographs")])
-def test_the_page_of_a_protocol_has_its_settings_and_every_size_several_seeds(data, folder):
+def test_the_page_of_a_protocol_has_its_settings(data, folder):
     assert markdown_table(settings_table(data)) in (ROOT / "docs/emergence" / folder / "protocol.md").read_text()
-    for size, protocol in SIZES[data].items():
-        assert protocol.models == (ORDER if data == "photographs" else tuple(MODELS))
+    for protocol in SIZES[data].values():
         assert all(stage.steps % stage.checkpoints == 0 for stage in protocol.stages)
-        assert size == "smoke" or len(protocol.seeds) >= 3
         assert Protocol.of_settings(json.loads(json.dumps(protocol.settings()))) == protocol
         runs = protocol.planned_runs()
         assert len({run.name for run in runs}) == len(runs)
