@@ -25,38 +25,26 @@ NAME = "crate_tiny_patch8_224"
 
 
 def test_a_run_is_opened_at_its_best_step_a_given_step_or_untrained(tiny_run):
-    best, at_four, again = (open_model(f"{tiny_run}{which}") for which in ("", "@4", "@4"))
+    best, at_four, again, at_eight = (open_model(f"{tiny_run}{which}") for which in ("", "@4", "@4", "@8"))
     assert (best.label, best.config.image_size) == ("tiny", 32)
-    hashes = [loaded.facts["weights_sha256"] for loaded in (at_four, again, open_model(f"{tiny_run}@8"))]
-    assert hashes[0] == hashes[1] != hashes[2]
     twins = [open_model(f"{tiny_run}@untrained", seed=seed) for seed in (0, 0, 1)]
-    hashes = [twin.facts["weights_sha256"] for twin in twins]
-    assert hashes[0] == hashes[1] != hashes[2]
+    for models in ((at_four, again, at_eight), twins):
+        hashes = [loaded.facts["weights_sha256"] for loaded in models]
+        assert hashes[0] == hashes[1] != hashes[2]
     assert twins[0].facts["parameters"] == best.facts["parameters"]
-    with pytest.raises(UserError, match=r"no checkpoint at step 5: choose one of \[4, 8\]"):
-        open_model(f"{tiny_run}@5")
-    with pytest.raises(ValueError, match="write @STEP or @untrained"):
-        open_model(f"{tiny_run}@latest")
-    with pytest.raises(UserError, match="is not a run"):
-        open_model(str(tiny_run.parent) + "@untrained")
 
 
 def test_files_are_loaded_strictly(tmp_path):
     source = timm.create_model(NAME, num_classes=7, depth=2, dim=32, heads=2, img_size=32)
     save_file({k: v.contiguous() for k, v in source.state_dict().items()}, tmp_path / "w.safetensors")
     torch.save({"model": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "w.pth")
-    models = [open_model(f"mine={NAME}@{tmp_path / name}", model_args=SMALL) for name in ("w.safetensors", "w.pth")]
-    assert models[0].label == "mine"
-    assert models[0].model.num_classes == 7  # read from the file
-    for loaded in models:
+    for name in ("w.safetensors", "w.pth"):
+        loaded = open_model(f"mine={NAME}@{tmp_path / name}", model_args=SMALL)
+        assert (loaded.label, loaded.model.num_classes) == ("mine", 7)  # the number of classes is read from the file
         assert torch.equal(loaded.model.mlp_head[1].weight, source.mlp_head[1].weight)
     for other in (["depth=3", *SMALL[1:]], [*SMALL, "img_size=64"]):
         with pytest.raises(UserError, match="does not hold the weights of.*--model-args"):
             open_model(f"{NAME}@{tmp_path / 'w.pth'}", model_args=other)
-    with pytest.raises(ValueError, match="does not hold the weights of vit_tiny_patch16_224"):
-        open_model(f"vit_tiny_patch16_224@{tmp_path / 'w.pth'}")
-    with pytest.raises(UserError, match="no such checkpoint file"):
-        open_model(f"{NAME}@{tmp_path / 'absent.pth'}")
 
 
 def test_the_demo_checkpoint_opens_like_any_file_but_needs_its_number_of_heads(tmp_path):
@@ -64,7 +52,6 @@ def test_the_demo_checkpoint_opens_like_any_file_but_needs_its_number_of_heads(t
     name, sizes = "crate_base_patch8_224", {"depth": 1, "img_size": 32, "num_classes": 7}
     source = timm.create_model(name, heads=6, head_hidden=True, **sizes).eval()
     state = {k.replace("mlp_head.2.", "head."): v for k, v in source.state_dict().items()}
-    assert {"head.weight", "head.bias", "mlp_head.1.weight"} < state.keys()
     torch.save({"model": {f"module._orig_mod.{k}": v for k, v in state.items()}}, tmp_path / "demo.pth")
     demo, words, images = f"{name}@{tmp_path / 'demo.pth'}", ["depth=1", "img_size=32"], torch.randn(2, 3, 32, 32)
     with pytest.raises(UserError, match="has 6 heads; the number is not in the file: pass --model-args heads=6"):
@@ -80,46 +67,41 @@ def test_the_demo_checkpoint_opens_like_any_file_but_needs_its_number_of_heads(t
 def test_a_vit_of_timm_opens_from_a_file_with_its_own_normalisation(tmp_path):
     source = timm.create_model("vit_small_patch8_224.dino", depth=1, img_size=32)
     torch.save(source.state_dict(), tmp_path / "vit.pth")
-    words = ["depth=1", "img_size=32"]
-    loaded = open_model(f"vit_small_patch8_224.dino@{tmp_path / 'vit.pth'}", image_size=64, model_args=words)
+    name, words = f"vit_small_patch8_224.dino@{tmp_path / 'vit.pth'}", ["depth=1", "img_size=32"]
+    loaded = open_model(name, image_size=64, model_args=words)
     assert loaded.extract.grid == (8, 8)
     mean, std = (torch.tensor(loaded.model.pretrained_cfg[name]) for name in ("mean", "std"))
     white = loaded.normalize(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8))
     torch.testing.assert_close(white[0, :, 0, 0], (1 - mean) / std)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
+def test_wrong_model_names_are_errors(tiny_run):
+    for name, message in (
+        (f"{tiny_run}@5", r"no checkpoint at step 5: choose one of \[4, 8\]"),
+        (f"{tiny_run}@latest", "write @STEP or @untrained"),
+        (f"{tiny_run.parent}@untrained", "is not a run"),
         ("runs/absent", "neither the folder of a run nor a timm model"),
         (NAME, f"choose weights: {NAME}@FILE"),
         (f"{NAME}@pretrained", f"Give a file of its weights, as in {NAME}@FILE"),
         (f"{NAME}.nope@untrained", "nor a timm model"),
-        ("resnet18@untrained", "no patch features can be read from a ResNet"),
-        ("shipped:crate", "choose one of .*shipped:CRATE"),
         ("shipped:", "choose one of .*shipped:CRATE"),
         ("shipped:../CRATE", "choose one of .*shipped:CRATE"),
         ("shipped:CRATE@4", "write shipped:CRATE or shipped:CRATE@untrained"),
-    ],
-)
-def test_wrong_model_names_are_errors(name, message):
-    with pytest.raises(UserError, match=message):
-        open_model(name)
+    ):
+        with pytest.raises(UserError, match=message):
+            open_model(name)
 
 
 def test_wrong_model_arguments_are_errors(tiny_run, tmp_path, refuses):
     with pytest.raises(ValueError, match="write KEY=VALUE"):
         open_model(f"{NAME}@untrained", model_args=["depth"])
-    with pytest.raises(ValueError, match="image size 30 is not a multiple"):
-        open_model(f"{NAME}@untrained", image_size=30, model_args=SMALL)
     assert open_model(str(tiny_run), model_args=["depth=7"]).facts["model_args"] == {}
     words = [str(tiny_run), "--model-args", "depth=7", "--output", str(tmp_path)]
     refuses("a run has its own settings; leave them out", white_box, words)
 
 
 def test_damaged_files_of_a_run_are_one_line_errors(tiny_run, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(tiny_run, folder)
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
     weights = folder / "checkpoints" / "step_00000008" / "model.safetensors"
     weights.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
     with pytest.raises(UserError, match="is a git-lfs pointer.*git lfs pull`. .*step_00000004 is intact"):
@@ -132,9 +114,9 @@ def test_damaged_files_of_a_run_are_one_line_errors(tiny_run, tmp_path):
         class_names(f"{folder}@8")
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("depth: 2", "depth: 3"))
-    with pytest.raises(UserError, match="step 4 does not hold the weights of this model.*config.yaml") as refused:
+    message = r"^[^\n]*step 4 does not hold the weights of this model[^\n]*config.yaml[^\n]*$"
+    with pytest.raises(UserError, match=message):
         open_model(f"{folder}@4")
-    assert "\n" not in str(refused.value)
 
 
 @torch.no_grad()
@@ -183,48 +165,33 @@ def test_a_shared_folder_gives_the_outputs_of_its_run(tiny_run, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     share.write_model_folder(tiny_run, Path("CRATE"))  # the name of a packaged model
     share.write_model_folder(tiny_run, Path("half"), half=True, description="a small one")
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    run, shared, half = (open_model(str(name)) for name in (tiny_run, "mine=CRATE", "half"))
+    share.write_model_folder(tiny_run, Path("large"), image_size=64)
+    images, larger = (torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8) for side in (32, 64))
+    run, shared, half, large = (open_model(str(name)) for name in (tiny_run, "mine=CRATE", "half", "large"))
+    resized = open_model(str(tiny_run), image_size=64)
     with torch.no_grad():
         expected = run.model(run.normalize(images))
         assert torch.equal(shared.model(shared.normalize(images)), expected)
         assert half.model(half.normalize(images)) == pytest.approx(expected, abs=5e-3)
         assert not torch.equal(open_model("CRATE@untrained").model(run.normalize(images)), expected)
-    assert shared.label == "mine"
+        expected = resized.model(resized.normalize(larger))
+        torch.testing.assert_close(large.model(large.normalize(larger)), expected)
+    assert (shared.label, large.facts["image_size"]) == ("mine", [64, 64])
     assert pretrained.record("half")["description"] == "a small one" in Path("half/README.md").read_text()
     assert class_names("CRATE") == class_names(str(tiny_run)) == list(CLASSES)
     assert [choice.specification for choice in model_choices("CRATE")] == ["CRATE"]
-    with pytest.raises(UserError, match="CRATE@3: write CRATE or CRATE@untrained"):
-        open_model("CRATE@3")
-
-
-def test_a_model_can_be_shared_for_larger_images(tiny_run, tmp_path):
-    share.write_model_folder(tiny_run, tmp_path / "large", image_size=64)
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    resized, large = open_model(str(tiny_run), image_size=64), open_model(str(tmp_path / "large"))
-    assert large.facts["image_size"] == [64, 64]
-    with torch.no_grad():
-        expected = resized.model(resized.normalize(images))
-        torch.testing.assert_close(large.model(large.normalize(images)), expected)
-        by_timm = timm.create_model(f"local-dir:{tmp_path / 'large'}", pretrained=True).eval()
-        torch.testing.assert_close(by_timm(large.normalize(images)), expected)
 
 
 def test_damaged_model_folders_are_one_line_errors(tiny_run, tmp_path):
     share.write_model_folder(tiny_run, tmp_path / "mine")
-    weights = tmp_path / "mine" / "model.safetensors"
-    weights.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
-    with pytest.raises(UserError, match="model.safetensors is a git-lfs pointer"):
-        crate_fast.load_pretrained(str(tmp_path / "mine"))
-    save_file({"cls_token": torch.zeros(1)}, weights)
+    save_file({"cls_token": torch.zeros(1)}, tmp_path / "mine" / "model.safetensors")
     with pytest.raises(UserError, match="mine does not hold the weights.*write the folder"):
         crate_fast.load_pretrained(str(tmp_path / "mine"))
     (tmp_path / "mine" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="config.json is not valid"):
         crate_fast.load_pretrained(str(tmp_path / "mine"))
-    with pytest.raises(
-        UserError, match="'Crate' is not a model with weights: pass one of photographs, .*ViT, a folder"
-    ):
+    message = "'Crate' is not a model with weights: pass one of photographs, .*ViT, a folder"
+    with pytest.raises(UserError, match=message):
         crate_fast.load_pretrained("Crate")
 
 

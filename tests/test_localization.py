@@ -1,10 +1,13 @@
 """Localization: boxes and scores against a slow independent implementation, and the three formats of boxes."""
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from image_data import encoded, write_tree
 from PIL import Image
 
 from crate_fast.eval import localization
@@ -13,30 +16,21 @@ from crate_fast.eval.common.images import open_images
 from crate_fast.eval.localization import THRESHOLDS, evaluate, largest_boxes
 
 
-def _component(mask: np.ndarray, start: tuple[int, int]) -> list[tuple[int, int]]:
-    found, waiting = [], [start]
-    mask[start] = False
-    while waiting:
-        y, x = waiting.pop()
-        found.append((y, x))
-        for v in range(max(0, y - 1), min(len(mask), y + 2)):
-            for u in range(max(0, x - 1), min(mask.shape[1], x + 2)):
-                if mask[v, u]:
-                    mask[v, u] = False
-                    waiting.append((v, u))
-    return found
-
-
 def _slow_boxes(values: np.ndarray) -> list[tuple[int, int, int, int]]:
-    values = (values - values.min()) / (values.max() - values.min())
-    boxes = []
+    """Return the box of the largest component of eight neighbours above each threshold."""
+    values, boxes = (values - values.min()) / (values.max() - values.min()), []
     for threshold in THRESHOLDS:
-        mask, largest = values > threshold, []
-        for start in np.argwhere(mask):
-            if mask[tuple(start)]:
-                largest = max(largest, _component(mask, tuple(start)), key=len)
-        ys, xs = zip(*largest, strict=True) if largest else ((0,), (0,))
-        boxes.append((min(xs), min(ys), max(xs) + 1, max(ys) + 1) if largest else (0, 0, 0, 0))
+        left, largest = set(map(tuple, np.argwhere(values > threshold))), []
+        while left:
+            found = [min(left)]
+            left.remove(found[0])
+            for y, x in found:  # grows
+                near = left.intersection(itertools.product((y - 1, y, y + 1), (x - 1, x, x + 1)))
+                left -= near
+                found += near
+            largest = max(largest, found, key=len)
+        ys, xs = zip(*largest, strict=True)
+        boxes.append((min(xs), min(ys), max(xs) + 1, max(ys) + 1))
     return boxes
 
 
@@ -48,43 +42,33 @@ def test_boxes_enclose_the_largest_component():
 
 @pytest.fixture
 def photos(tmp_path):
-    """Six images of 40×20 pixels in two folders, and their boxes in COCO's format."""
-    images, annotations = [], []
+    """Six images of 40×20 pixels in two folders, and boxes of the first five in COCO's format."""
+    images, files = [], {}
     for number in range(6):
-        name = f"{'ab'[number % 2]}/{number}.png"
-        path = tmp_path / "photos" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         picture = np.full((20, 40, 3), 30, np.uint8)
         picture[5:15, 10 : 20 + number] = 220
-        Image.fromarray(picture).save(path)
-        images.append({"id": number, "file_name": name, "width": 40, "height": 20})
-        if number != 5:
-            box = [10, 5, 10 + number, 10]
-            annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": box, "iscrowd": 0})
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "o"}]}
-    (tmp_path / "boxes.json").write_text(json.dumps(content))
+        images.append({"id": number, "file_name": f"{'ab'[number % 2]}/{number}.png", "width": 40, "height": 20})
+        files[f"photos/{images[-1]['file_name']}"] = encoded(Image.fromarray(picture))
+    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [10, 5, 10 + i, 10], "iscrowd": 0} for i in range(5)]
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "o"}]}
+    write_tree(tmp_path, files | {"boxes.json": json.dumps(content).encode()})
     return tmp_path / "photos", tmp_path / "boxes.json"
 
 
-class _Attends:
-    """Model whose first head attends to bright pixels and whose second head attends to dark ones."""
-
-    def __init__(self, side: int):
-        self.extract = type("Extract", (), {"depth": 1, "image_size": (side, side)})()
-
-    def features(self, images, layers):
+def test_a_map_of_the_object_scores_1_and_baselines_score_less(photos):
+    def features(images, layers):
+        """Let the first head attend to bright pixels and the second to dark ones."""
         grid = images.float().mean(dim=1)[:, ::2, ::2]
         maps = torch.stack([grid, 255 - grid], dim=1).flatten(2)
-        return type("Features", (), {"grid": tuple(grid.shape[1:]), "cls_attention": lambda self, layer: maps})()
+        return SimpleNamespace(grid=tuple(grid.shape[1:]), cls_attention=lambda layer: maps)
 
-
-def test_a_map_of_the_object_scores_1_and_baselines_score_less(photos):
-    scores = evaluate(_Attends(40), BoxedImages(photos[0], 40, photos[1]), resolution=40)
+    model = SimpleNamespace(extract=SimpleNamespace(depth=1), features=features)
+    scores = evaluate(model, BoxedImages(photos[0], 40, photos[1]), resolution=40)
     assert (scores["images"], scores["without_boxes"]) == (5, 1)
     row = scores["layers"][0]
-    for kind in ("best_head", "one_head"):
-        assert row[kind]["MaxBoxAcc 0.7"] == row[kind]["GT-known"] == row[kind]["pointing"] == 1
-        assert row[kind]["AP"] > 0.9
+    for found in (row["best_head"], row["one_head"]):
+        assert found["MaxBoxAcc 0.7"] == found["GT-known"] == found["pointing"] == 1
+        assert found["AP"] > 0.9
     assert row["per_head"][1]["pointing"] == 0
     assert row["per_head"][1]["AP"] < 0.3
     shares = [(10 + n) * 10 / 800 for n in range(5)]
@@ -101,62 +85,39 @@ def test_the_head_and_threshold_are_chosen_on_other_images():
     assert (scores["MaxBoxAcc 0.5"], scores["GT-known"]) == (0.5, 0)
 
 
-def _xml(path, *lefts: int, size: tuple[int, int] = (40, 20)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sides = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
-    corners = [f"<xmin>{left}</xmin><ymin>5</ymin><xmax>{left + 9}</xmax><ymax>14</ymax>" for left in lefts]
-    boxes = [f"<object><bndbox>{edges}</bndbox></object>" for edges in corners]
-    path.write_text(f"<annotation>{sides}{''.join(boxes)}</annotation>")
-
-
-def test_boxes_are_read_from_imagenets_xml(photos, tmp_path):
-    _xml(tmp_path / "xml" / "deeper" / "0.xml", 10, 7)
-    images = BoxedImages(photos[0], 40, tmp_path / "xml")
-    assert images[0].target.boxes.tolist() == [[10, 5, 20, 15], [7, 5, 17, 15]]
-    assert images[0].size == (20, 40)
-
-
-def _left_edges(images: BoxedImages) -> list[float | None]:
-    return [next(iter(images[i].target.boxes[:, 0].tolist()), None) for i in range(len(images))]
-
-
-def test_images_of_one_name_in_two_folders_have_their_own_boxes(tmp_path):
-    for folder in "ab":
-        (tmp_path / "photos" / folder).mkdir(parents=True)
-        for number in range(2):
-            Image.new("RGB", (40, 20)).save(tmp_path / "photos" / folder / f"{number}.png")
-    _xml(tmp_path / "xml" / "a" / "0.xml", 3)
-    _xml(tmp_path / "xml" / "b" / "0.xml", 7, size=(0, 0))  # some tools write no size
-    assert _left_edges(BoxedImages(tmp_path / "photos", 40, tmp_path / "xml")) == [3, None, 7, None]
+def test_boxes_are_found_by_path_or_by_a_unique_name(tmp_path):
+    photos = ("a/0.png", "a/1.png", "b/0.png", "b/1.png", "b/2.png")
+    write_tree(tmp_path / "photos", dict.fromkeys(photos, encoded(Image.new("RGB", (40, 20)))))
+    for name, width, *lefts in (("a/0", 40, 3), ("b/0", 0, 7), ("deeper/2", 40, 10, 7)):  # some tools write no size
+        corners = [f"<xmin>{left}</xmin><ymin>5</ymin><xmax>{left + 9}</xmax><ymax>14</ymax>" for left in lefts]
+        boxes = "".join(f"<object><bndbox>{edges}</bndbox></object>" for edges in corners)
+        xml = f"<annotation><size><width>{width}</width><height>{width // 2}</height></size>{boxes}</annotation>"
+        write_tree(tmp_path / "xml", {f"{name}.xml": xml.encode()})
     content = {"images": [{"id": 1, "file_name": "./a/0.png", "width": 80.0, "height": 40.0}]}
     content["annotations"] = [{"image_id": 1, "bbox": [4, 4, 4, 4]}]
     (tmp_path / "boxes.json").write_text("\ufeff" + json.dumps(content))
-    assert _left_edges(BoxedImages(tmp_path / "photos", 40, tmp_path / "boxes.json")) == [2, None, None, None]
+    by_xml, by_json = (BoxedImages(tmp_path / "photos", 40, tmp_path / name) for name in ("xml", "boxes.json"))
+    assert [by_xml[i].target.boxes[:1, 0].tolist() for i in range(5)] == [[3], [], [7], [], [10]]
+    assert [by_json[i].target.boxes[:1, 0].tolist() for i in range(5)] == [[2], [], [], [], []]
+    assert by_xml[4].target.boxes.tolist() == [[10, 5, 20, 15], [7, 5, 17, 15]]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[" * 100_000, "is not JSON"),
-        ("{", "is not JSON"),
-        ('{"images": []}', "annotations"),
+def test_files_without_boxes_are_errors(photos, tmp_path):
+    for content, message in (
         ('{"images": [{"id": [1], "file_name": "0"}], "annotations": []}', "an integer or a string"),
-        ('{"images": [{"id": 1, "file_name": "0"}, {"id": 1, "file_name": "1"}], "annotations": []}', "twice"),
         ('{"images": [{"id": 1, "file_name": "0"}, {"id": 2, "file_name": "0"}], "annotations": []}', "join them"),
         ('{"images": [{"id": 1, "file_name": "0"}], "annotations": [{"image_id":"1","bbox":[1,1,1,1]}]}', "unlike"),
         ('{"images": [{"id": 1, "file_name": "0"}], "annotations": [{"image_id": 1, "bbox": [9,1,-3,1]}]}', "bbox"),
         ('{"images": [{"id": 1, "file_name": "no.png"}], "annotations": [], "categories": []}', "none of the"),
-    ],
-)
-def test_files_without_boxes_are_errors(photos, tmp_path, content, message):
-    (tmp_path / "bad.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        BoxedImages(photos[0], 40, tmp_path / "bad.json")
+    ):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            BoxedImages(photos[0], 40, tmp_path / "bad.json")
 
 
 def test_the_command_writes_scores_and_a_figure(tmp_path):
-    words = ["shipped:CRATE", "--limit", "4", "--layers", "-2", "--resolution", "16", "--figure-images", "2"]
-    assert localization.main([*words, "--output", str(tmp_path)]) == 0
+    words = "shipped:CRATE --limit 4 --layers -2 --resolution 16 --figure-images 2"
+    assert localization.main([*words.split(), "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "results.json").read_text())["results"]
     assert next(iter(found.values()))["images"] == 4
     assert (tmp_path / "boxes_01.png").exists()

@@ -3,16 +3,18 @@
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
+import shutil
 import sys
 
 import numpy as np
 import pytest
-import scipy.ndimage
 import torch
-from image_data import coco_box
+from image_data import coco_box, encoded, write_tree
 from maskcut_oracle import affinity, maskcut_oracle, second_eigenvector
+from oracle import mutant
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -31,18 +33,15 @@ GRIDS = [(8, 8), (12, 12), (7, 13), (15, 10)]
 
 def _random(seed: int) -> tuple[np.ndarray, tuple[int, int]]:
     """Return features with little structure: noise of random strength around a few directions."""
-    draw = np.random.default_rng(seed)
-    grid = GRIDS[seed % len(GRIDS)]
-    n = grid[0] * grid[1]
-    centres = draw.standard_normal((draw.integers(2, 6), 16))
+    draw, grid = np.random.default_rng(seed), GRIDS[seed % len(GRIDS)]
+    n, centres = math.prod(grid), draw.standard_normal((draw.integers(2, 6), 16))
     features = centres[draw.integers(len(centres), size=n)] + draw.uniform(0.3, 1.2) * draw.standard_normal((n, 16))
     return features, grid
 
 
 def _structured(seed: int) -> tuple[np.ndarray, tuple[int, int]]:
     """Return smooth features with rectangles and discs, like an image."""
-    draw = np.random.default_rng(1000 + seed)
-    grid = GRIDS[seed % len(GRIDS)]
+    draw, grid = np.random.default_rng(1000 + seed), GRIDS[seed % len(GRIDS)]
     rows, columns = np.mgrid[: grid[0], : grid[1]]
     phases = [draw.uniform(0.1, 0.6) * rows + draw.uniform(0.1, 0.6) * columns + draw.uniform(0, 6) for _ in "abcd"]
     features = np.sin(np.stack(phases, axis=-1)) + draw.standard_normal(4)
@@ -55,7 +54,6 @@ def _structured(seed: int) -> tuple[np.ndarray, tuple[int, int]]:
 
 @functools.cache
 def _expected(make, seed: int) -> np.ndarray:
-    """Return the oracle's masks of a graph."""
     return maskcut_oracle(*make(seed), 3, 0.15)
 
 
@@ -66,17 +64,8 @@ def test_masks_equal_those_of_the_dense_definition(make, seed):
     expected = _expected(make, seed)
     result = maskcut(torch.from_numpy(features), 3, 0.15, grid=grid)
     assert np.array_equal(result.masks[0].numpy(), expected)
+    assert result.residuals.nan_to_num().max() < 3e-6
     assert expected[0].any() or (affinity(features, 0.15, 0.0) == 1).all()
-
-
-def test_a_batch_has_the_masks_of_its_images():
-    images = [_random(4 * seed)[0] for seed in range(5)]
-    together = maskcut(torch.tensor(np.stack(images)), grid=(8, 8))
-    for i, features in enumerate(images):
-        alone = maskcut(torch.from_numpy(features), grid=(8, 8))
-        assert torch.equal(together.masks[i], alone.masks[0])
-    assert (together.residuals[~together.residuals.isnan()] < 3e-6).all()
-    assert together.masks.sum(dim=1).max() == 1  # disjoint
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -87,55 +76,37 @@ def test_masks_of_every_dtype_are_right_and_repeatable(dtype):
     assert np.array_equal(first[0].numpy(), maskcut_oracle(features.double().numpy(), grid, 3, 0.15))
 
 
-def _component(vector: torch.Tensor, grid: tuple[int, int], corners: int = 5) -> torch.Tensor:
-    """Do as `object_of`, but swap the sides only from this number of corners on."""
-    values = vector.double().numpy().reshape(grid)
-    foreground, seed = values > values.mean(), values.argmax()
-    if foreground[[0, 0, -1, -1], [0, -1, 0, -1]].sum() >= corners:
-        foreground, seed = ~foreground, values.argmin()
-    labels, _ = scipy.ndimage.label(foreground)
-    return torch.from_numpy((labels == labels.flat[seed]) & foreground)
-
-
 MUTANTS = {
-    "sign": (normalized_cut, "_signed", lambda v: v / v.abs().amax(dim=-1, keepdim=True)),
-    "component": (protocol, "object_of", lambda v, grid: (v > v.mean()).view(grid)),
-    "no corner rule": (protocol, "object_of", _component),
-    "two corners": (protocol, "object_of", lambda v, grid: _component(v, grid, 2)),
-    "painting": (
-        protocol,
-        "second_eigenvector",
-        lambda links, _present, epsilon: normalized_cut.second_eigenvector(links, None, epsilon),
-    ),
-    "nothing dropped": (protocol, "_worth_keeping", lambda mask, previous: True),
+    "sign": (" * vector.gather(-1, first).sign()", ""),
+    "component": ("(components == chosen) & (chosen > 0)", "foreground"),
+    "no corner rule": (".sum() >= 3", ".sum() >= 5"),
+    "two corners": (".sum() >= 3", ".sum() >= 2"),
+    "painting": ("present.to(links.device)", "None"),
+    "nothing dropped": (" and (turn == 0 or _worth_keeping(mask, previous[i]))", ""),
 }
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_the_oracle_rejects_wrong_versions(mutant, monkeypatch):
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_oracle_rejects_wrong_versions(name, tmp_path):
     """Without any of MaskCut's rules, some masks of the sixty graphs differ."""
-    monkeypatch.setattr(*MUTANTS[mutant])
-    differ = 0
+    changed, user = (normalized_cut, protocol) if name == "sign" else (protocol, None)
+    wrong, differ = mutant(changed, MUTANTS[name], tmp_path, user).maskcut, 0
     for make, seed in itertools.product((_random, _structured), range(30)):
         features, grid = make(seed)
-        masks = maskcut(torch.from_numpy(features), grid=grid).masks[0].numpy()
-        differ += not np.array_equal(masks, _expected(make, seed))
+        differ += not np.array_equal(wrong(torch.from_numpy(features), grid=grid).masks[0], _expected(make, seed))
         if differ > 1:
             return
     pytest.fail(f"{differ} of sixty graphs differ")
 
 
-@pytest.mark.parametrize(("planted", "solvers"), [(True, [0, 0, -1]), (False, [0, -1, -1])])
-def test_the_search_ends_when_all_remaining_patches_are_linked(planted, solvers):
+def test_the_search_ends_when_all_remaining_patches_are_linked():
     """A documented difference: the reference would separate the painted patches from the rest."""
-    features = torch.zeros(8, 8, 2)
-    features[..., 0] = 1.0
-    if planted:
+    features = torch.tensor([1.0, 0.0]).repeat(8, 8, 1)
+    for area, solvers in ((0, [0, -1, -1]), (9, [0, 0, -1])):
+        result = maskcut(features.flatten(0, 1), num_objects=3)
+        assert result.masks[0].sum(dim=(1, 2)).tolist() == [area, 0, 0]
+        assert result.solvers[0].tolist() == solvers
         features[2:5, 3:6] = torch.tensor([0.0, 1.0])
-    result = maskcut(features.flatten(0, 1), num_objects=3)
-    assert result.masks[0, 0].sum() == 9 * planted
-    assert not result.masks[0, 1:].any()
-    assert result.solvers[0].tolist() == solvers
 
 
 @pytest.mark.parametrize("backend", [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul])
@@ -151,7 +122,7 @@ def test_the_settings_of_reduced_precision_are_restored(backend):
         backend.fp32_precision = before
 
 
-@pytest.mark.parametrize(("sizes", "solver"), [((20, 16, 28), 2), ((300, 280, 400, 250), 1), ((400, 180), 0)])
+@pytest.mark.parametrize(("sizes", "solver"), [((20, 16, 28), 2), ((280, 250, 270, 210), 1), ((80, 36), 0)])
 def test_nearly_disconnected_graphs_are_solved_again_in_fp64(sizes, solver):
     """With more than two islands, λ₂ and λ₃ are about 1e-5 apart; with two, no other eigenvalue is near λ₂."""
     block = torch.block_diag(*[torch.ones(n, n) for n in sizes])
@@ -163,43 +134,29 @@ def test_nearly_disconnected_graphs_are_solved_again_in_fp64(sizes, solver):
     assert np.array_equal(cut.vector[0].numpy() > cut.vector[0].mean().item(), vector > vector.mean())
 
 
-def test_without_convergence_the_solver_falls_back():
-    features, _ = _random(1)
-    links = torch.from_numpy((affinity(features, 0.15, 0.0) > 0).astype(np.float32))[None]
-    enough = normalized_cut.second_eigenvector(links)
-    short = normalized_cut.second_eigenvector(links, max_steps=3)
-    assert (enough.solver.item(), short.solver.item()) == (0, 2)
-    assert torch.equal(enough.vector > enough.vector.mean(), short.vector > short.vector.mean())
-    assert enough.eigenvalue.item() == pytest.approx(short.eigenvalue.item(), abs=1e-5)
+def test_the_eigenvector_solves_the_generalised_problem_also_without_convergence_of_the_first_solver():
+    matrix = affinity(_random(1)[0], 0.15, 1e-5)
+    links, degrees = torch.from_numpy((matrix > 0.5).astype(np.float32))[None], matrix.sum(axis=1)
+    for steps, solver in ((normalized_cut.MAX_STEPS, 0), (3, 2)):
+        cut = normalized_cut.second_eigenvector(links, max_steps=steps)
+        v = cut.vector[0].double().numpy()
+        v /= np.linalg.norm(np.sqrt(degrees) * v)
+        direct = (degrees * v - matrix @ v - cut.eigenvalue.item() * degrees * v) / np.sqrt(degrees)
+        assert np.linalg.norm(direct) < 5e-6
+        assert cut.eigenvalue.item() == pytest.approx(second_eigenvector(matrix)[0][0], abs=1e-5)
+        assert cut.solver.item() == solver
 
 
-def test_the_eigenvector_solves_the_generalised_problem():
-    features, _ = _random(2)
-    matrix = affinity(features, 0.15, 1e-5)
-    cut = normalized_cut.second_eigenvector(torch.from_numpy((matrix > 0.5).astype(np.float32))[None])
-    degrees = matrix.sum(axis=1)
-    v = cut.vector[0].double().numpy()
-    v /= np.linalg.norm(np.sqrt(degrees) * v)
-    direct = (degrees * v - matrix @ v - cut.eigenvalue.item() * degrees * v) / np.sqrt(degrees)
-    assert np.linalg.norm(direct) < 5e-6
-    values, _ = second_eigenvector(matrix)
-    assert cut.eigenvalue.item() == pytest.approx(values[0], abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("features", "settings", "message"),
-    [
+def test_bad_arguments_are_errors():
+    for features, settings, message in (
         (torch.ones(60, 4), {}, "60 patches do not form a square grid"),
         (torch.ones(60, 4), {"grid": (5, 5)}, r"grid=\(5, 5\) does not fit the 60 patches"),
         (torch.ones(16, 4), {"num_objects": 0}, "num_objects=0"),
-        (torch.ones(16, 4), {"tau": 1.5}, "tau=1.5"),
         (torch.ones(16, 4) / 0, {}, "NaN or infinity"),
-        (torch.ones(4, 4, dtype=torch.long), {}, "torch.int64"),
-    ],
-)
-def test_bad_arguments_are_errors(features, settings, message):
-    with pytest.raises(UserError, match=message):
-        maskcut(features, **settings)
+        (torch.ones(4, 4).long(), {}, "torch.int64"),
+    ):
+        with pytest.raises(UserError, match=message):
+            maskcut(features, **settings)
 
 
 def test_masks_are_enlarged_and_encoded():
@@ -214,31 +171,25 @@ def test_masks_are_enlarged_and_encoded():
     assert half[0, 5:15, :10].sum() == half[0].sum() == 100
 
 
-def _coco(tmp_path, n_images: int = 6, size: int = 64):
+def _coco(root):
     """Write a COCO folder with coloured boxes of several categories, a crowd, and an image without objects."""
-    draw = np.random.default_rng(0)
-    images, annotations = [], []
-    (tmp_path / "val2017").mkdir(parents=True)
-    for i in range(1, n_images + 1):
-        name = f"{i:012d}.jpg"
-        picture = np.full((size, size, 3), 90, np.uint8)
-        for k in range(0 if i == n_images else 2):
-            x, y = (int(v) for v in draw.integers(0, size - 30, 2))
-            w, h = (int(v) for v in draw.integers(16, 28, 2))
+    draw, images, annotations, files = np.random.default_rng(0), [], [], {}
+    for i in range(1, 7):
+        picture = np.full((64, 64, 3), 90, np.uint8)
+        for k in range(0 if i == 6 else 2):
+            x, y, w, h = (int(v) for v in (*draw.integers(0, 34, 2), *draw.integers(16, 28, 2)))
             picture[y : y + h, x : x + w] = draw.integers(0, 255, 3)
-            category, crowd = 1 + (i + k) % 3, int(i == 2 and k == 1)
-            annotations.append(coco_box(len(annotations) + 1, i, category, x, y, w, h, crowd))
-        Image.fromarray(picture).save(tmp_path / "val2017" / name)
-        images.append({"id": i, "file_name": name, "height": size, "width": size})
+            crowd = int(i == 2 and k == 1)
+            annotations.append(coco_box(len(annotations) + 1, i, 1 + (i + k) % 3, x, y, w, h, crowd))
+        images.append({"id": i, "file_name": f"{i:012d}.jpg", "height": 64, "width": 64})
+        files[f"val2017/{i:012d}.jpg"] = encoded(Image.fromarray(picture), "JPEG")
     categories = [{"id": c, "name": f"thing{c}"} for c in (1, 2, 3)]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    (tmp_path / "instances_val2017.json").write_text(json.dumps(content))
-    return tmp_path
+    return write_tree(root, files | {"instances_val2017.json": json.dumps(content).encode()})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A COCO folder that no test changes."""
     return _coco(tmp_path_factory.mktemp("coco"))
 
 
@@ -249,13 +200,10 @@ def test_average_precision_equals_pycocotools_with_one_category(folder):
         annotation["category_id"] = 1
     relabelled.dataset["categories"] = [{"id": 1, "name": "object"}]
     relabelled.createIndex()
-    draw = np.random.default_rng(1)
-    detections = []
-    for annotation in coco.dataset["annotations"]:
-        mask = coco.annToMask(annotation).astype(bool)
-        shift = draw.integers(-4, 5, 2)
-        detections += detections_of(np.roll(mask, shift, axis=(0, 1))[None], annotation["image_id"])
-    ids = sorted(coco.imgs)
+    draw, ids, detections = np.random.default_rng(1), sorted(coco.imgs), []
+    masks = [(coco.annToMask(a)[None] > 0, a["image_id"]) for a in coco.dataset["annotations"]]
+    for mask, image in masks:
+        detections += detections_of(np.roll(mask, draw.integers(-4, 5, 2), axis=(1, 2)), image)
     ours = class_agnostic_scores(coco, detections, ids)
     for kind, drop in (("bbox", "segmentation"), ("segm", "bbox")):
         results = [{k: v for k, v in d.items() if k != drop} for d in detections]
@@ -265,7 +213,6 @@ def test_average_precision_equals_pycocotools_with_one_category(folder):
         theirs.summarize()
         assert list(ours[kind].values()) == theirs.stats.tolist()
         assert 0 < ours[kind]["AP"] < 1
-    masks = [(coco.annToMask(a)[None] > 0, a["image_id"]) for a in coco.dataset["annotations"]]
     perfect = [detection for given in masks for detection in detections_of(*given)]
     assert class_agnostic_scores(coco, perfect, ids)["segm"]["AP"] == pytest.approx(1.0)
     nothing = class_agnostic_scores(coco, [], ids)
@@ -275,34 +222,24 @@ def test_average_precision_equals_pycocotools_with_one_category(folder):
         class_agnostic_scores(coco, [], ids[-1:])
 
 
-@pytest.mark.parametrize(
-    "of_annotation",
-    [
-        lambda number: number,  # from 0, which means "no match" to pycocotools
-        lambda number: 7,  # pycocotools reads annotations of a repeated id twice
-        lambda number: f"a{number}",
-    ],
-    ids=["from 0", "repeated", "texts"],
-)
+# pycocotools takes id 0 for "no match", and reads annotations of a repeated id twice
+@pytest.mark.parametrize("of_annotation", [lambda number: number, lambda _: 7, "a{}".format])
 def test_ids_and_categories_do_not_change_scores(folder, of_annotation):
     original = COCO(folder / "instances_val2017.json")
     content = json.loads((folder / "instances_val2017.json").read_text())
     for image in content["images"]:
         image["id"] = f"image {image['id']}"
     for number, annotation in enumerate(content["annotations"]):
-        categories = (50, "thing", 2)
-        annotation |= {"id": of_annotation(number), "category_id": categories[number % 3]}
+        annotation |= {"id": of_annotation(number), "category_id": (50, "thing", 2)[number % 3]}
         annotation["image_id"] = f"image {annotation['image_id']}"
     changed, before = index_of(**content), json.dumps(content)
     masks = [(a["image_id"], original.annToMask(a)[None] > 0) for a in original.dataset["annotations"]]
-    perfect = [d for key, mask in masks for d in detections_of(mask, f"image {key}")]
-    scores = class_agnostic_scores(changed, perfect, list(changed.imgs))
-    assert [scores[kind]["AP"] for kind in ("bbox", "segm")] == pytest.approx([1.0, 1.0])
-    theirs = [d for key, mask in masks for d in detections_of(np.roll(mask, 4, axis=2), key)]
-    expected = class_agnostic_scores(original, theirs, list(original.imgs))
-    shifted = [d | {"image_id": f"image {d['image_id']}"} for d in theirs]
-    assert class_agnostic_scores(changed, shifted, list(changed.imgs)) == expected
-    assert 0 < expected["segm"]["AP"] < 1
+    for shift in (0, 4):
+        detections = [d for key, mask in masks for d in detections_of(np.roll(mask, shift, axis=2), key)]
+        renamed = [d | {"image_id": f"image {d['image_id']}"} for d in detections]
+        expected = class_agnostic_scores(original, detections, list(original.imgs))
+        assert class_agnostic_scores(changed, renamed, list(changed.imgs)) == expected
+        assert 0 < expected["segm"]["AP"] < 1 if shift else expected["segm"]["AP"] == pytest.approx(1.0)
     assert json.dumps(content) == before  # the caller's annotations are not changed
 
 
@@ -319,14 +256,12 @@ def _run(folder, output, *more) -> dict:
 
 
 @pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    """Skip figures except in the shared run."""
+def _no_figures(monkeypatch):  # except in the shared run
     monkeypatch.setattr(protocol, "image_grid", lambda *_args, **_more: None)
 
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """Output folder and results of a complete run."""
     output = tmp_path_factory.mktemp("whole")
     return output, _run(folder, output, "--batch-size", "4")
 
@@ -334,16 +269,13 @@ def whole(folder, tmp_path_factory):
 def test_a_killed_run_on_a_data_set_continues_to_the_same_results(folder, whole, tmp_path, capsys, refuses):
     output, results = whole
     assert results["results"]["images"] == 6
-    assert set(results["results"]["segm"]) >= {"AP", "AP50", "AR100"}
     assert "box AP" in (output / "table.md").read_text()
     assert (output / "detections.png").stat().st_size > 1000
     detections = json.loads((output / "detections.json").read_text())
     assert len(detections) == results["results"]["detections"] > 0
-    records = tmp_path / "part" / "records"
-    records.mkdir(parents=True)
-    lines = (output / "records" / "records-0.jsonl").read_text().splitlines(keepends=True)
-    (records / "records-0.jsonl").write_text("".join(lines[:2]) + lines[2][:40])  # killed while writing
-    (records / "settings.json").write_text((output / "records" / "settings.json").read_text())
+    records = shutil.copytree(output / "records", tmp_path / "part" / "records") / "records-0.jsonl"
+    lines = records.read_text().splitlines(keepends=True)
+    records.write_text("".join(lines[:2]) + lines[2][:40])  # killed while writing
     assert _run(folder, tmp_path / "part")["results"] == results["results"]
     assert "2 of 6 images were done before" in capsys.readouterr().out
     assert (tmp_path / "part" / "detections.json").read_text() == (output / "detections.json").read_text()
@@ -372,29 +304,17 @@ def test_two_processes_give_the_results_of_one(folder, whole, tmp_path):
 
 def test_unreadable_images_are_counted_also_in_a_resumed_run(tmp_path, capsys, refuses):
     folder, output = _coco(tmp_path / "coco"), tmp_path / "out"
+    refuses("tau=3.0: give a cosine from -1 to 1", protocol.main, _words(folder, output, "--tau", "3"))
     (folder / "val2017" / f"{1:012d}.jpg").write_bytes(b"not an image")
     first = _run(folder, output)
-    assert first["unreadable"]["count"] == 1
+    assert (first["unreadable"]["count"], first["results"]["images"]) == (1, 5)
     assert "000000000001.jpg" in first["unreadable"]["images"][0]
-    assert first["results"]["images"] == 5
     assert "unreadable images: 1" in capsys.readouterr().out
     again = _run(folder, output)
     assert again == first | {"provenance": again["provenance"]}
     for path in (folder / "val2017").iterdir():
         path.write_bytes(b"not an image")
     refuses("none of the 6 images could be read", protocol.main, _words(folder, tmp_path / "none"))
-
-
-def test_a_refused_setting_leaves_no_records(folder, tmp_path, refuses):
-    words = _words(folder, tmp_path, "--limit", "2")
-    refuses("tau=3.0: give a cosine from -1 to 1", protocol.main, [*words, "--tau", "3"])
-    assert protocol.main(words) == 0
-
-
-def test_images_without_annotations_have_detections_but_no_ap(folder, tmp_path):
-    results = _run(folder, tmp_path, "--data", f"folder:{folder / 'val2017'}", "--limit", "2")["results"]
-    assert results["images"] == 2
-    assert "bbox" not in results
 
 
 def test_the_optional_crf_improves_the_edges(monkeypatch):

@@ -1,6 +1,8 @@
 """PCA of features: planted foregrounds and parts, scores by hand, and every mode of the command."""
 
+import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,16 +16,6 @@ from crate_fast.eval.pca import TooFewPatchesError, evaluate, foreground, main, 
 CRATE = ["A=crate_tiny_patch8_224@untrained", "--model-args", "depth=3", "dim=32", "heads=2", "img_size=32"]
 
 
-def _planted(offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return features [2, 36, 8] of two opposite clusters, and the mask of the inner one."""
-    mask = torch.zeros(2, 6, 6, dtype=torch.bool)
-    mask[0, 2:4, 1:5] = mask[1, 1:5, 2:4] = True
-    mask = mask.flatten(1)
-    direction = torch.tensor([3.0, -4.0, 0, 0, 0, 0, 0, 0]) / 5
-    features = torch.where(mask[..., None], 2 * direction, -direction) + offset
-    return features + 0.05 * torch.randn(features.shape, generator=torch.Generator().manual_seed(1)), mask
-
-
 def test_principal_components_by_hand():
     tokens = torch.tensor([[2.0, 0, 0], [-2.0, 0, 0], [0, -1.0, 0], [0, -1.0, 0]])
     components, shares = principal_components(tokens, 2)
@@ -33,18 +25,18 @@ def test_principal_components_by_hand():
     assert shares.tolist() == pytest.approx([8 / 9, 1 / 9])
 
 
-@pytest.mark.parametrize("scaling", ["raw", "minmax"])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_the_planted_foreground_is_found_for_both_signs(scaling, sign):
-    features, mask = _planted()
-    found = foreground(sign * features, scaling=scaling)
-    assert torch.equal(found.mask, mask)
-    assert found.explained[0] > 0.95
-    assert len(found.explained) == 4
-
-
-def test_minmax_scaling_ignores_scale_and_offset_and_raw_does_not():
-    features, mask = _planted()
+def test_the_planted_foreground_is_found_for_both_signs_and_by_minmax_at_every_scale_and_offset():
+    mask = torch.zeros(2, 6, 6, dtype=torch.bool)
+    mask[0, 2:4, 1:5] = mask[1, 1:5, 2:4] = True
+    mask, direction = mask.flatten(1), torch.tensor([0.6, -0.8, 0, 0, 0, 0, 0, 0])
+    features = torch.where(mask[..., None], 2 * direction, -direction) + 0.05 * torch.randn(2, 36, 8)
+    for scaling, sign in itertools.product(("raw", "minmax"), (1, -1)):
+        found = foreground(sign * features, scaling=scaling)
+        assert torch.equal(found.mask, mask)
+        assert found.explained[0] > 0.95
+        assert len(found.explained) == 4
+    faint = torch.cat([features[:1], 0.4 * features[1:]])  # the images share one component
+    assert torch.equal(foreground(faint).mask, mask)
     for changed in (1e-3 * features, 1e3 * features, features + 10):
         assert torch.equal(foreground(changed, scaling="minmax").mask, mask)
     assert not foreground(1e-3 * features).mask.any()
@@ -54,109 +46,72 @@ def test_minmax_scaling_ignores_scale_and_offset_and_raw_does_not():
 def test_raw_scaling_keeps_projections_from_the_threshold_on():
     features = torch.zeros(1, 16, 3)
     features[0, [5, 6, 9, 10], 0] = torch.tensor([0.25, 0.5, 0.75, 3.0])
-    for threshold, kept in ((0.5, [6, 9, 10]), (0.7, [9, 10]), (0, [5, 6, 9, 10])):
-        assert foreground(features, threshold=threshold).mask[0].nonzero().flatten().tolist() == kept
-    assert torch.equal(foreground(features).mask, foreground(features, threshold=0.5).mask)
+    for settings, kept in (({}, [6, 9, 10]), ({"threshold": 0.7}, [9, 10]), ({"threshold": 0}, [5, 6, 9, 10])):
+        assert foreground(features, **settings).mask[0].nonzero().flatten().tolist() == kept
     np.testing.assert_allclose(foreground(features).projection[0, [5, 10, 0]], [0.25, 3, 0], atol=1e-12)
 
 
-def test_all_images_share_one_component():
-    """The second image alone has no direction but its noise; with the first it follows the first."""
-    features, mask = _planted()
-    faint = torch.cat([features[:1], 0.4 * features[1:]])
-    assert torch.equal(foreground(faint).mask, mask)
-
-
-@pytest.mark.parametrize(
-    ("features", "settings", "message"),
-    [
-        (torch.ones(2, 36, 8), {"scaling": "max"}, "scaling='max'"),
-        (torch.ones(2, 36, 8), {"threshold": -1}, "threshold=-1"),
-        (torch.ones(2, 36, 8), {"grid": (4, 8)}, r"grid=\(4, 8\)"),
-        (torch.ones(1, 4, 2), {}, "at least 3"),
-        (torch.full((2, 36, 8), torch.nan), {}, "NaN"),
-    ],
-)
-def test_bad_input_is_an_error(features, settings, message):
-    with pytest.raises(ValueError, match=message):
-        foreground(features, **settings)
+def test_bad_input_is_an_error():
+    features = torch.ones(2, 36, 8)
+    for settings, message in (({"scaling": "max"}, "scaling='max'"), ({"grid": (4, 8)}, r"grid=\(4, 8\)")):
+        with pytest.raises(ValueError, match=message):
+            foreground(features, **settings)
+    with pytest.raises(ValueError, match="NaN"):
+        foreground(features * torch.nan)
     with pytest.raises(ValueError, match="3 components need 3 features, not 2"):
-        pca_rgb(features[..., :2])
-
-
-def test_parts_have_the_same_colours_in_all_images():
-    features, mask = torch.zeros(2, 25, 6), torch.zeros(2, 25, dtype=torch.bool)
-    parts = {0: [6, 7], 1: [11, 12, 13], 2: [16, 17, 18, 8]}
-    for part, patches in parts.items():
-        features[:, patches, part] = 3.0 + part
-        mask[:, patches] = True
-    colours, shares = pca_rgb(features, mask)
-    assert colours.shape == (2, 25, 3)
-    assert colours[~mask].eq(0).all()
-    assert sum(shares) == pytest.approx(1)
-    assert torch.equal(colours[0], colours[1])
-    red, green, blue = (colours[0, parts[part]] for part in (2, 1, 0))  # by falling energy
-    for colour, expected in ((red, [1, 0, 0]), (green, [0, 1, 0]), (blue, [0, 0, 1])):
-        assert torch.allclose(colour, torch.tensor(expected).float().expand_as(colour), atol=1e-6)
-
-
-def test_colours_are_projections_clipped_to_two_percentiles():
-    features = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(9, 1, -1)
-    colours, shares = pca_rgb(features, first=2)
-    tokens = features.flatten(0, 1).double().numpy()
-    _, singular, directions = np.linalg.svd(tokens, full_matrices=False)
-    assert shares == pytest.approx((singular**2 / (singular**2).sum())[1:4].tolist())
-    for channel, direction in enumerate(directions[1:4]):
-        values = tokens @ direction * np.sign(direction[np.abs(direction).argmax()])
-        low, high = np.quantile(values, [0.02, 0.98])
-        expected = np.clip((values - low) / (high - low), 0, 1)
-        np.testing.assert_allclose(colours[..., channel].flatten(), expected, atol=1e-5)
-    assert (colours.min(), colours.max()) == (0, 1)
-
-
-def test_too_few_patches_are_an_error():
-    mask = torch.zeros(1, 16, dtype=torch.bool)
-    mask[0, :3] = True
+        pca_rgb(torch.ones(2, 36, 2))
     with pytest.raises(TooFewPatchesError, match="3 of 16 patches.*--threshold"):
-        pca_rgb(torch.randn(1, 16, 8), mask)
+        pca_rgb(torch.randn(1, 16, 8), torch.arange(16)[None] < 3)
+
+
+def test_colours_are_projections_of_the_chosen_patches_clipped_to_two_percentiles():
+    features, mask = torch.randn(3, 50, 8) * torch.arange(9, 1, -1), torch.rand(3, 50) < 0.7
+    tokens = features[mask].double().numpy()
+    _, singular, directions = np.linalg.svd(tokens, full_matrices=False)
+    for first in (1, 2):
+        colours, shares = pca_rgb(features, mask, first)
+        assert shares == pytest.approx((singular**2 / (singular**2).sum())[first - 1 :][:3].tolist())
+        assert colours[~mask].eq(0).all()
+        for channel, direction in enumerate(directions[first - 1 :][:3]):
+            values = tokens @ direction * np.sign(direction[np.abs(direction).argmax()])
+            low, high = np.quantile(values, [0.02, 0.98])
+            expected = np.clip((values - low) / (high - low), 0, 1)
+            np.testing.assert_allclose(colours[mask][:, channel], expected, atol=1e-5)
+        assert (colours.min(), colours[mask].max()) == (0, 1)
 
 
 def _subject(features: torch.Tensor) -> SimpleNamespace:
     """Return a model of prepared features [J, 16, C]: an image filled with the value i has features i."""
 
-    def extract(images, layers):
+    def prepared(images, layers):
         rows = features[images[:, 0, 0, 0].long()].unsqueeze(2)
         keys = torch.cat([torch.zeros_like(rows[:, :1]), rows], dim=1)
         return Features((4, 4), {layer: LayerTokens(keys, (layer + 1) * keys, 1.0) for layer in layers})
 
-    extract.grid = (4, 4)
-    extract.resolve_layer = lambda layer: 5 if layer is None else layer
-    return SimpleNamespace(extract=extract, features=extract)
+    shape = SimpleNamespace(grid=(4, 4), resolve_layer=lambda layer: 5 if layer is None else layer)
+    return SimpleNamespace(extract=shape, features=prepared)
 
 
-def _batch(number: int, mask: torch.Tensor | None) -> Batch:
+def _batch(number: int, mask: torch.Tensor | None = None) -> Batch:
     image = torch.full((3, 4, 4), number, dtype=torch.uint8)
     target = None if mask is None else Target([1], mask.view(1, 4, 4), torch.ones(4, 4, dtype=torch.bool))
     return Batch(image[None], [Sample(number, image, (4, 4), target)])
 
 
 def test_scores_and_groups_by_hand():
-    generator = torch.Generator().manual_seed(0)
     features = -torch.ones(4, 16, 4)
     features[:2, [5, 6, 9, 10]] = 3.0
     features[3, 5] = 9.0  # the only patch of the second group, too few for colours
-    features += 0.01 * torch.randn(features.shape, generator=generator)
+    features += 0.01 * torch.randn(features.shape)
     object_mask = torch.zeros(16, dtype=torch.bool)
     object_mask[[5, 6]] = True
-    nothing = torch.zeros(16, dtype=torch.bool)
-    batches = [_batch(0, object_mask), _batch(1, nothing), _batch(2, None), _batch(3, None)]
+    batches = [_batch(0, object_mask), _batch(1, object_mask & False), _batch(2), _batch(3)]
     (result,) = evaluate(_subject(features), batches, group=2)["layers"]
     assert result["layer"] == 5
     first, second = result["groups"]
     assert (first["images"], second["images"]) == (["0", "1"], ["2", "3"])
-    assert first["problem"] is None
+    assert first["problem"] is second["explained_colours"] is None
     assert "1 of 32 patches" in second["problem"]
-    assert second["explained_colours"] is None
     assert [image["foreground_share"] for image in result["images"]] == [0.25, 0.25, 0, 1 / 16]
     assert [image["iou"] for image in result["images"]] == [0.5, None, None, None]
     assert result["images"][0]["constant_iou"] == 2 / 16
@@ -167,9 +122,7 @@ def test_scores_and_groups_by_hand():
 
 
 def test_layers_are_analysed_separately():
-    features = torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(0))
-    batches = [_batch(0, None), _batch(1, None)]
-    layers = evaluate(_subject(features), batches, [3, 0], first=2)["layers"]
+    layers = evaluate(_subject(torch.randn(2, 16, 6)), [_batch(0), _batch(1)], [3, 0], first=2)["layers"]
     assert [result["layer"] for result in layers] == [3, 0]
     np.testing.assert_allclose(layers[0]["projections"][1], 4 * layers[1]["projections"][1], rtol=1e-6)
     assert layers[0]["mean"]["explained"] == pytest.approx(layers[1]["mean"]["explained"])
@@ -183,54 +136,37 @@ def _run(tmp_path, *words, models=CRATE):
 def test_with_one_layer_the_figure_has_a_column_per_model(tmp_path, drawn):
     models = [CRATE[0], "V=vit_tiny_patch16_224@untrained", "--model-args", "depth=2", "img_size=64"]
     results = _run(tmp_path, "--limit", "3", "--scaling", "minmax", models=models)
-    rows, titles = drawn[0]
-    assert len(drawn) == 1
+    ((rows, titles),) = drawn
     assert titles["column_titles"] == ["image", "object", "A\nlayer 0", "V\nlayer 1"]
     assert [picture.pixels.shape for picture in rows[2][2:]] == [(8, 8, 3), (4, 4, 3)]
     (layer,) = results["results"]["V"]["layers"]
-    assert set(layer) == {"layer", "groups", "images", "mean"}
     assert len(layer["images"]) == 3
     assert 0 < layer["mean"]["foreground_share"] < 1
-    assert results["config"]["scaling"] == "minmax"
 
 
-def test_with_all_layers_every_model_has_a_figure(tmp_path, capsys):
+def test_with_all_layers_every_model_has_a_figure_with_component_1_in_grey_above_the_colours(tmp_path, drawn, capsys):
     results = _run(tmp_path, "--limit", "2", "--layers", "all", "--components", "2-4")
     assert [layer["layer"] for layer in results["results"]["A"]["layers"]] == [0, 1, 2]
     assert "| A | 2 |" in capsys.readouterr().out
-    written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"pca_01.png", "pca_01.pdf", "pca.md", "pca.csv", "pca.tex", "results.json"}
-
-
-def test_the_first_component_is_drawn_in_grey_above_the_colours(tmp_path, drawn):
-    _run(tmp_path, "--limit", "2", "--layers", "2,0", "--components", "2-4")
-    rows, titles = drawn[0]
-    assert titles["column_titles"] == ["image", "layer 2", "layer 0"]
-    assert len(rows) == 4
-    assert [picture.pixels.ndim for picture in rows[2]] == [3, 2, 2]  # image, component 1 of both layers
-    assert [picture.pixels.ndim for picture in rows[3]] == [2, 3, 3]  # object, components 2 to 4
+    ((rows, titles),) = drawn
+    assert titles["column_titles"] == ["image", "layer 0", "layer 1", "layer 2"]
+    assert [[picture.pixels.ndim for picture in row] for row in rows] == [[3, 2, 2, 2], [2, 3, 3, 3]] * 2
     assert (rows[3][1].pixels.sum(axis=-1) > 0).mean() > 0.9  # no patch is left out
 
 
 def test_a_group_without_foreground_is_reported_and_left_empty(tmp_path, capsys, drawn):
-    results = _run(tmp_path, "--limit", "3", "--threshold", "1e6", "--group", "2")
+    results = _run(tmp_path, "--limit", "3", "--layers", "2", "--threshold", "1e6", "--group", "2")
     assert all(row[2] is None for row in drawn[0][0])
-    problems = [group["problem"] for group in results["results"]["A"]["layers"][0]["groups"]]
-    assert all("too few for 3 components" in problem for problem in problems)
-    err = capsys.readouterr().err
-    assert "no colours for A, layer 1, images 0 to 1" in err
-    assert "images 2 to 2" in err
+    for group in results["results"]["A"]["layers"][0]["groups"]:
+        assert "too few for 3 components" in group["problem"]
+    assert re.search("no colours for A, layer 2, images 0 to 1.*images 2 to 2", capsys.readouterr().err, re.S)
 
 
-@pytest.mark.usefixtures("drawn")
-def test_images_can_be_limited_to_a_class(tmp_path):
+def test_images_can_be_limited_to_a_class_which_must_exist(tmp_path, drawn, refuses):
     scenes = SceneImages(32, 40)
     star = {name: number for number, name in scenes.class_names().items()}["star"]
     expected = [str(i) for i in range(40) if scenes[i].target.classes == [star]][:2]
     results = _run(tmp_path, "--class", "star", "--limit", "2", "--batch-size", "7")
     assert results["results"]["A"]["layers"][0]["groups"][0]["images"] == expected
-
-
-def test_an_unknown_class_is_an_error(tmp_path, refuses):
     words = ["--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path), "--class", "unicorn"]
     refuses("no such class; it has disc, ring", main, [*CRATE, *words])
