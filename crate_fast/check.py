@@ -17,9 +17,9 @@ import torch
 
 from crate_fast import env
 from crate_fast.backends import explain_backend
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import UserError
 from crate_fast.isolation import Job, Process, run_jobs, tail
-from crate_fast.options import parse
+from crate_fast.options import main_of
 from crate_fast.probes import CHECKED, PROBES, find_probe
 
 JOBS = 4  # maximum number of parallel probes
@@ -143,10 +143,7 @@ def _check(options: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the check, print the table and write the JSON; return the exit status."""
-    return run_command(lambda: _check(parse("check", argv)))
-
+main = main_of("check", _check)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from crate_fast.env import provenance
-from crate_fast.errors import UserError, require, run_command
+from crate_fast.errors import UserError, require
 from crate_fast.exported import Difference, compare, open_exported
 from crate_fast.functional import fold_dictionary
 from crate_fast.layers import ISTA, MHSA, MSSA, ODL
 from crate_fast.model import CRATE, pool_tokens
-from crate_fast.options import parse
+from crate_fast.options import main_of
 from crate_fast.whitebox import attention_layer, layer_numbers, trace
 
 FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
@@ -401,10 +401,7 @@ def _export(options: argparse.Namespace) -> None:
     print("written:", *map(str, written), sep="\n  ")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run `crate-fast export`; return the exit status, 2 after an error or a mismatch."""
-    return run_command(lambda: _export(parse("export", argv)))
-
+main = main_of("export", _export)
 
 if __name__ == "__main__":
     sys.exit(main())

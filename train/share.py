@@ -19,8 +19,8 @@ from timm.models import save_for_hf
 
 from crate_fast import CRATEMAE
 from crate_fast.checkpoints import resample_weights
-from crate_fast.errors import UserError, run_command
-from crate_fast.options import parse
+from crate_fast.errors import UserError
+from crate_fast.options import main_of
 from crate_fast.registry import create_model
 from crate_fast.train import checkpoint
 from crate_fast.train.config import TrainConfig
@@ -153,6 +153,4 @@ def _command(options: argparse.Namespace) -> None:
             ) from error
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse `argv` and export a run; return the exit status."""
-    return run_command(lambda: _command(parse("share", argv)))
+main = main_of("share", _command)
