@@ -156,37 +156,24 @@ def is_demo(state_dict: dict) -> bool:
     return "mlp_head.2.weight" in state_dict and hidden is not None and hidden.shape == (768, 768)
 
 
-def check_numbers(state_dict: dict, model: nn.Module, source: str) -> None:
-    """Reject integer weights of a floating-point model, which PyTorch would convert silently.
-
-    Raises:
-        UserError: `state_dict` is from a quantized model; its integers are useless without their scales.
-    """
-    for name, own in model.state_dict().items():
-        found = state_dict.get(name)
-        if found is not None and own.is_floating_point() and not found.is_floating_point():
-            raise UserError(
-                f"{source} holds {name} as {found.dtype}, as quantized models do, not as {own.dtype}: use the "
-                "weights from before quantization"
-            )
-
-
 def load_strictly(
     model: nn.Module, state_dict: dict, source: str, remedy: str, name: str = "this model"
 ) -> nn.Module:
-    """Load a state dict into `model`; all keys and shapes must be equal.
+    """Load a state dict whose keys and shapes equal the model's; return the model.
 
-    Args:
-        model: The model.
-        state_dict: Its weights.
-        source: Origin of the weights, for the message.
-        remedy: Advice if they do not fit, for the message.
-        name: Name of the model, for the message.
+    The messages name the `source` of the weights, the `name` of the model, and a `remedy`.
 
     Raises:
         MismatchError: Keys or shapes differ; the message names some of them in one line.
+        UserError: The weights are integers of a quantized model, which PyTorch would convert silently.
     """
-    check_numbers(state_dict, model, source)
+    for key, own in model.state_dict().items():
+        found = state_dict.get(key)
+        if found is not None and own.is_floating_point() and not found.is_floating_point():
+            raise UserError(
+                f"{source} holds {key} as {found.dtype}, as quantized models do, not as {own.dtype}: use the "
+                "weights from before quantization"
+            )
     try:
         model.load_state_dict(state_dict, strict=True)
     except RuntimeError as error:

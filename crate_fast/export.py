@@ -21,7 +21,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -100,16 +99,13 @@ def _portable(module: nn.Module) -> nn.Module:
 def choose_outputs(
     model: CRATE, outputs: Sequence[str] | None = None, layers: Iterable[int] | None = None
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Check and sort the outputs of an exported model.
+    """Return the outputs of an exported model in the order of `OUTPUTS`, and layers in ascending order.
 
     Args:
         model: The CRATE.
         outputs: Names from `OUTPUTS`; None means "logits", or "features" without a classifier.
         layers: Layers of "attention" and "subspace_tokens", negative ones from the end; None means the layer of
             the paper's figures (`whitebox.attention_layer`).
-
-    Returns:
-        Names in the order of `OUTPUTS`, and layers in ascending order.
 
     Raises:
         TypeError: The model is not a CRATE.
@@ -238,14 +234,8 @@ def _write_torch(program: ExportedProgram, path: Path, facts: dict) -> None:
 
 def _write_onnx(program: ExportedProgram, outputs: Sequence[str], path: Path, facts: dict, opset: int) -> None:
     """Save a program as one ONNX file with the facts as its metadata; values other than strings are JSON."""
-    written = torch.onnx.export(
-        program,
-        input_names=["images"],
-        output_names=list(outputs),
-        opset_version=opset,
-        dynamo=True,
-        verbose=False,
-    )
+    names = {"input_names": ["images"], "output_names": list(outputs)}
+    written = torch.onnx.export(program, **names, opset_version=opset, dynamo=True, verbose=False)
     for name, value in facts.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         written.model.metadata_props[name] = text
@@ -359,7 +349,7 @@ def _check(name: str, differences: list[Difference], tolerance: float, say: Call
                 f"{name}: {d.output} of images {images} differs from the model's by {values}; the tolerance is "
                 f"{tolerance:g} of the largest. Nothing was written; to accept this, pass a larger tolerance"
             )
-    return [asdict(d) for d in differences]
+    return [d._asdict() for d in differences]
 
 
 def _statistics(normalize: nn.Module) -> tuple[list[float], list[float]]:

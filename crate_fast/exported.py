@@ -8,9 +8,8 @@ compare(run, model, portable)                  # the largest differences, at siz
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,13 +58,7 @@ def open_exported(path: str | Path) -> Exported:
 def eager_outputs(
     model: CRATE, images: Tensor, outputs: Sequence[str], layers: Iterable[int] | None = None
 ) -> dict[str, Tensor]:
-    """Compute the outputs of a `PortableCRATE` from the model itself and `whitebox.trace`.
-
-    Args:
-        model: The CRATE, set to the size of these images.
-        images: Normalised images [B, channels, height, width].
-        outputs, layers: Result of `export.choose_outputs`.
-    """
+    """Compute the outputs of a `PortableCRATE` from the model itself, for normalised images of its current size."""
     traces = trace(model, images, layers) if {"attention", "subspace_tokens"} & set(outputs) else []
     values = {}
     if "logits" in outputs:
@@ -79,21 +72,13 @@ def eager_outputs(
     return values
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Difference between an exported model and its source, in one output on one batch.
-
-    Attributes:
-        output: Name of the output.
-        images: Shape of the images.
-        absolute: Largest absolute difference; NaN if either output contains NaN.
-        largest: Largest absolute value of the source.
-    """
+class Difference(NamedTuple):
+    """Difference between an exported model and its source, in one output on one batch."""
 
     output: str
-    images: tuple[int, ...]
-    absolute: float
-    largest: float
+    images: tuple[int, ...]  # their shape
+    absolute: float  # largest absolute difference; NaN if either output contains NaN
+    largest: float  # largest absolute value of the source
 
     @property
     def relative(self) -> float:
@@ -104,13 +89,8 @@ class Difference:
 def compare(run: Exported, model: CRATE, portable: "PortableCRATE") -> list[Difference]:
     """Compare an exported model with its source on random images of three batch and image sizes.
 
-    Args:
-        run: Result of `open_exported`.
-        model: The CRATE.
-        portable: The `export.PortableCRATE` that was written.
-
-    Returns:
-        A `Difference` for each output and size.
+    `run` is the result of `open_exported` for the file to which `portable` was written. Returns a `Difference` for
+    each output and size.
 
     Raises:
         UserError: The exported model's outputs have other names or shapes.

@@ -28,12 +28,8 @@ from crate_fast.errors import UserError
 from crate_fast.layers import ISTA, MSSA, DecoderLayer, Dictionary, Layer, Linear, PreNorm, patches_of
 from crate_fast.model import CRATE, check_images
 
-_NAMES = {
-    "image_size": "img_size",
-    "channels": "in_chans",
-    "dim": "embed_dim",
-    "heads": "num_heads",
-}  # name in CRATE: name here
+# Name in CRATE: name here
+_NAMES = {"image_size": "img_size", "channels": "in_chans", "dim": "embed_dim", "heads": "num_heads"}
 _NORM_EPS = 1e-6  # of the last LayerNorm of encoder and decoder
 ENCODER_OPTIONS = {"embed_norm": False, "norm_eps": _NORM_EPS, "sparsity": 0.5}  # of the encoder as a CRATE
 _ENCODER_CHOICES = {

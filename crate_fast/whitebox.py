@@ -86,27 +86,16 @@ def layer_numbers(model: nn.Module, layers: Iterable[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """Tensors that one layer computed for a batch.
+    """Tensors that one layer computed for a batch."""
 
-    Attributes:
-        index: The layer, from 0.
-        queries: [B, N, H, D]; with MSSA the subspace tokens.
-        keys: [B, N, H, D]; with MSSA the same tensor.
-        tied: True if query, key and value are one projection (MSSA).
-        scale: s of the logits s·⟨query, key⟩.
-        after_mssa: h [B, N, C], the tokens after compression and its residual, before LN₂.
-        after_ista: Output of the layer [B, N, C]: after ISTA, or after ODL or MLP and their residual.
-        sparsifier: Second half of the layer: LayerNorm, then ISTA, ODL or MLP.
-    """
-
-    index: int
-    queries: Tensor
-    keys: Tensor
-    tied: bool
-    scale: float
-    after_mssa: Tensor
-    after_ista: Tensor
-    sparsifier: nn.Module
+    index: int  # the layer, from 0
+    queries: Tensor  # [B, N, H, D]; with MSSA the subspace tokens
+    keys: Tensor  # [B, N, H, D]; with MSSA the same tensor
+    tied: bool  # True if query, key and value are one projection (MSSA)
+    scale: float  # s of the logits s·⟨query, key⟩
+    after_mssa: Tensor  # h [B, N, C], the tokens after compression and its residual, before LN₂
+    after_ista: Tensor  # output of the layer [B, N, C]: after ISTA, or after ODL or MLP and their residual
+    sparsifier: nn.Module  # second half of the layer: LayerNorm, then ISTA, ODL or MLP
 
     @property
     def subspace_tokens(self) -> Tensor:
@@ -176,9 +165,14 @@ def visit_layers(
 
     def hand_over(index: int):
         def hook(layer, _inputs, output):
-            layer_trace = _layer_trace(layer, index, after_ista=output, **seen)
-            seen.clear()
-            visit(layer_trace)
+            attention, projected = layer[0].fn, seen.pop("projected")
+            tied = not isinstance(attention, MHSA)
+            if tied:
+                queries = keys = projected.unflatten(-1, (attention.heads, -1))
+            else:
+                queries, keys, _ = projected.unflatten(-1, (3, attention.heads, -1)).unbind(dim=2)
+            tokens = seen.pop("after_mssa"), output
+            visit(LayerTrace(index, queries, keys, tied, attention.scale, *tokens, sparsifier=layer[1]))
 
         return hook
 
@@ -209,18 +203,6 @@ def trace(model: nn.Module, images: Tensor, layers: Iterable[int] | None = None)
     traces: list[LayerTrace] = []
     visit_layers(model, images, traces.append, layers)
     return traces
-
-
-def _layer_trace(
-    layer: nn.Module, index: int, projected: Tensor, after_mssa: Tensor, after_ista: Tensor
-) -> LayerTrace:
-    attention = layer[0].fn
-    tied = not isinstance(attention, MHSA)
-    if tied:
-        queries = keys = projected.unflatten(-1, (attention.heads, -1))
-    else:
-        queries, keys, _ = projected.unflatten(-1, (3, attention.heads, -1)).unbind(dim=2)
-    return LayerTrace(index, queries, keys, tied, attention.scale, after_mssa, after_ista, layer[1])
 
 
 @torch.no_grad()
