@@ -47,16 +47,11 @@ def _run_jobs(jobs: Sequence[Job], folder: Path, done, parallel: int = 1) -> Non
 
 
 def run_probes(names: Sequence[str], interpreter: bool, limit_s: float = LIMIT_SECONDS) -> list[dict]:
-    """Run each probe in its own process; print its status as it ends.
+    """Run each probe in its own process; print its status as it ends, and return the rows of `probes.run_probe`.
 
-    Args:
-        names: Names of probes (see `probes.find_probe`).
-        interpreter: Run tiny problems in Triton's interpreter.
-        limit_s: Time limit of each probe in seconds.
-
-    Returns:
-        The rows of `probes.run_probe`. A process that crashes or hangs has only name, kernel, dtype, shape, seconds
-        and status. In every row that is not "right", "output" is the end of the process's output.
+    With `interpreter`, tiny problems run in Triton's interpreter. The row of a process that crashes or hangs has only
+    name, kernel, dtype, shape, seconds and status. In every row that is not "right", "output" is the end of the
+    process's output.
     """
     options = ["--device", "cpu", "--reruns", "2"] if interpreter else ["--device", "cuda", "--reruns", "20"]
     rows = {}

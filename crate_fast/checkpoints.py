@@ -86,16 +86,10 @@ def adapt_state_dict(
 def resample_weights(
     state_dict: dict, model: nn.Module, source_grid: tuple[int, int] | None, argument: str = "source_grid"
 ) -> dict[str, Tensor]:
-    """Resample positions as `adapt_state_dict` does, also for a timm ViT.
+    """Resample positions as `adapt_state_dict` does, for a state dict without wrappers, and also for a timm ViT.
 
-    Args:
-        state_dict: State dict without wrappers.
-        model: A CRATE, a CRATEMAE, or a timm ViT.
-        source_grid: See `adapt_state_dict`.
-        argument: Name of `source_grid` in messages.
-
-    Returns:
-        `state_dict` itself if its grid is the model's, else a new dictionary.
+    `argument` is the name of `source_grid` in messages. Returns `state_dict` itself if its grid is the model's, else
+    a new dictionary.
     """
     if isinstance(model, CRATEMAE):
         return _with_own_tables(state_dict, model)
@@ -184,11 +178,7 @@ def load_strictly(
 
 
 def load_weights(
-    model: nn.Module,
-    path: str | os.PathLike,
-    *,
-    resample: bool = False,
-    source_grid: tuple[int, int] | None = None,
+    model: nn.Module, path: str | os.PathLike, *, resample: bool = False, source_grid: tuple[int, int] | None = None
 ) -> nn.Module:
     """Load a file's weights into `model`, strictly.
 

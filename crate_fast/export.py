@@ -48,12 +48,7 @@ def resampling_matrix(new: int, old: int, like: Tensor) -> Tensor:
     """Return the matrix [new, old] that resamples `old` points to `new` as antialiased bicubic `F.interpolate`.
 
     Row i holds k((j + ½ − s(i + ½)) / max(s, 1)) for every j, divided by its sum, with s = old / new and k the cubic
-    convolution kernel for a = −½.
-
-    Args:
-        new: Number of output points; may be symbolic.
-        old: Number of input points.
-        like: Tensor with the matrix's dtype and device.
+    convolution kernel for a = −½. `new` may be symbolic; the dtype and device are those of `like`.
 
     >>> resampling_matrix(2, 2, torch.zeros(()))
     tensor([[1., 0.],

@@ -188,17 +188,8 @@ def visit_layers(
 def trace(model: nn.Module, images: Tensor, layers: Iterable[int] | None = None) -> list[LayerTrace]:
     """Run `model` on `images` and return a trace of each chosen layer.
 
-    The traces are differentiable; wrap the call in `torch.no_grad()` if you need no gradients.
-
-    Args:
-        model, images: See `visit_layers`.
-        layers: Indices, negative ones from the end; None for all. A trace holds about (2 + H·D/C)·B·N·C numbers.
-
-    Returns:
-        One `LayerTrace` per chosen layer, in the order of the model.
-
-    Raises:
-        UserError: There is no such layer.
+    The arguments are those of `visit_layers`. A trace holds about (2 + H·D/C)·B·N·C numbers. The traces are
+    differentiable; wrap the call in `torch.no_grad()` if you need no gradients.
     """
     traces: list[LayerTrace] = []
     visit_layers(model, images, traces.append, layers)
@@ -247,12 +238,7 @@ def layer_measures(
 def layer_statistics(model: nn.Module, images: Tensor, epsilon: float = 0.01) -> dict[str, Tensor]:
     """Return R^c and sparsity of every layer on one batch: the paper's white-box curves.
 
-    Args:
-        model, images, epsilon: See `layer_measures`.
-
-    Returns:
-        "coding_rate" and "sparsity", unless omitted as in `layer_measures`, each [depth, 2]: mean and standard
-        deviation over the batch.
+    The results of `layer_measures` are reduced to [depth, 2]: mean and standard deviation over the batch.
     """
     return {
         name: torch.stack([values.mean(dim=0), values.std(dim=0, correction=0)], dim=1)
