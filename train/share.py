@@ -84,14 +84,7 @@ def write_model_folder(
     description: str | None = None,
     image_size: int | None = None,
 ) -> None:
-    """Write a run's best model with its card to `folder`.
-
-    Args:
-        scores: results.json of `crate-fast eval localization`, for the card.
-        license_name: License of the weights, by its name on the Hub.
-        half: Write the weights in half precision.
-        description: Short description of the model.
-        image_size: Side of the images in pixels; positions are interpolated to it. Default: the size of training.
+    """Write a run's best model with its card to `folder`; the arguments are the options of `crate-fast share`.
 
     Raises:
         UserError: `run` is not a run, timm cannot build its model (a CRATE-MAE, a linear probe), or `folder` already
