@@ -443,15 +443,9 @@ class Transformer(nn.Module):
         return len(self.layers)
 
     def forward(self, x: Tensor, taps: dict[int, Tensor] | None = None, last: int | None = None) -> Tensor:
-        """Run the layers.
+        """Run the layers up to the index `last`, None for all; return the tokens [B, N, C] after them.
 
-        Args:
-            x: Tokens [B, N, C].
-            taps: Its keys are layer indices; its values are set to the outputs of these layers.
-            last: Index of the last layer to run; None for all layers.
-
-        Returns:
-            Tokens [B, N, C] after the last layer run.
+        The keys of `taps` are layer indices; its values are set to the outputs of these layers.
         """
         if torch.jit.is_scripting():
             for layer in self.layers:

@@ -71,11 +71,7 @@ def attention_layer(model: nn.Module) -> int:
 
 
 def layer_numbers(model: nn.Module, layers: Iterable[int]) -> list[int]:
-    """Convert layer indices, negative ones counted from the end, to ascending numbers from 0.
-
-    Raises:
-        UserError: There is no such layer.
-    """
+    """Convert layer indices, negative ones from the end, to ascending numbers; a missing layer is a UserError."""
     depth, found = len(model.transformer.layers), set()
     for index in layers:
         if not -depth <= index < depth:
