@@ -429,17 +429,16 @@ def build_config(
 
 def train_command(
     name: str,
-    argv: list[str] | None,
     description: str,
     recipe: str,
     adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
-) -> int:
-    """Parse `argv` and train; return the exit status. A `UserError` is printed as one line.
+) -> Callable[..., int]:
+    """Return the `main` of a training command: `crate-fast` `name`, with a default recipe.
 
-    `name` is the subcommand of `crate-fast`, `recipe` the default recipe; `adjust` is that of `build_config`.
+    `adjust` is that of `build_config`.
     """
 
-    def train() -> int:
+    def train(argv: list[str] | None) -> int:
         config, options = build_config(argv, description, recipe, prog=f"crate-fast {name}", adjust=adjust)
         if options.output is None and options.resume:
             raise UserError("--resume needs the folder of the run to continue: pass --output FOLDER")
@@ -449,7 +448,11 @@ def train_command(
 
         return launch(config, options)
 
-    return run_command(train)
+    def main(argv: list[str] | None = None) -> int:
+        """Train with the options in `argv` or the command line; return the exit status, 2 after an error."""
+        return run_command(train, argv)
+
+    return main
 
 
 def dump_config(config) -> str:

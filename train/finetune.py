@@ -36,10 +36,7 @@ def inheriting(values: dict, chosen: dict) -> dict:
     return values | {name: source[name] for name in INHERITED if name in source} | chosen
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse `argv` and fine-tune; return the exit status."""
-    return train_command("finetune", argv, "Fine-tuning of a CRATE (or a timm ViT).", "finetune_cifar10", inheriting)
-
+main = train_command("finetune", "Fine-tuning of a CRATE (or a timm ViT).", "finetune_cifar10", inheriting)
 
 if __name__ == "__main__":
     sys.exit(main())
