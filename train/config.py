@@ -25,7 +25,7 @@ from crate_fast.errors import CommandParser, UserError, nearest, run_command
 RECIPES = Path(__file__).parent / "recipes"
 MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
 FORM = ("residual", "attention", "sparsifier", "odl_ratio", "odl_steps", "odl_tied", "odl_residual", "threshold")
-_SIZES = ("patch_size", "dim", "depth", "heads", "decoder_depth")
+SIZES = ("patch_size", "dim", "depth", "heads", "decoder_depth")
 DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "drop_path_rate")  # timm's names
 
 
@@ -422,7 +422,7 @@ def build_config(
     given = {name: value for name in texts if (value := getattr(options, name)) is not None}
     recipe = load_recipe(options.recipe)
     if "model" in given:  # the recipe's sizes belong to the recipe's model
-        recipe = {name: value for name, value in recipe.items() if name not in _SIZES}
+        recipe = {name: value for name, value in recipe.items() if name not in SIZES}
     config = TrainConfig(**adjust(_check_transforms(recipe, given), given))
     return config, options
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from crate_fast import CRATEMAE
 from crate_fast.errors import UserError
 from crate_fast.kernels import assuming_gpu
-from crate_fast.train.config import FORM, TrainConfig
+from crate_fast.train.config import FORM, SIZES, TrainConfig
 from crate_fast.train.data import train_loader
 from crate_fast.train.data.image_files import find_images
 from crate_fast.train.data.shape_scenes import CLASSES
@@ -38,7 +38,7 @@ KNOWN_SIZES = {  # training images, classes
     "flowers102": (1_020, 102),
     "pets": (3_680, 37),
 }
-_SIZES = ("model", "image_size", "patch_size", "dim", "depth", "heads", "decoder_depth", "visible_only", "mask_ratio")
+_MEASURED = ("model", "image_size", *SIZES, "visible_only", "mask_ratio", *FORM)  # settings that decide the speed
 
 
 def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes: int | None) -> tuple[int, int, str]:
@@ -78,7 +78,7 @@ def read_throughput(folder: Path, config: TrainConfig) -> dict:
         rate = json.loads((folder / "summary.json").read_text())["throughput"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--throughput {folder} has no throughput in summary.json: pass a finished run") from error
-    pairs = [(name, getattr(run, name), getattr(config, name)) for name in (*_SIZES, *FORM)]
+    pairs = [(name, getattr(run, name), getattr(config, name)) for name in _MEASURED]
     differing = [f"{name} {before!r} measured, {now!r} planned" for name, before, now in pairs if before != now]
     if differing:
         raise UserError(f"--throughput {folder} has another model ({'; '.join(differing)}): pass a run of this model")
