@@ -27,11 +27,7 @@ Exported = Callable[[Tensor], dict[str, Tensor]]
 def open_exported(path: str | Path) -> Exported:
     """Return a function that runs an exported file on the CPU: images [B, channels, height, width] → outputs by name.
 
-    Args:
-        path: A `.onnx` file, run by onnxruntime, or a `.pt2` file, run by PyTorch.
-
-    Raises:
-        UserError: The file has another suffix, or onnxruntime is missing.
+    `.onnx` files are run by onnxruntime, which must be installed, `.pt2` files by PyTorch.
     """
     path = Path(path)
     if path.suffix == ".pt2":
@@ -90,10 +86,7 @@ def compare(run: Exported, model: CRATE, portable: "PortableCRATE") -> list[Diff
     """Compare an exported model with its source on random images of three batch and image sizes.
 
     `run` is the result of `open_exported` for the file to which `portable` was written. Returns a `Difference` for
-    each output and size.
-
-    Raises:
-        UserError: The exported model's outputs have other names or shapes.
+    each output and size; other names or shapes of outputs are a UserError.
     """
     model = copy.deepcopy(model).cpu().float().eval()
     (height, width), (h, w) = model.patch_size, model.grid_size

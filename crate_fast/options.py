@@ -347,11 +347,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {  # command: its pa
 
 
 def parse(command: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the options of a command, a key of `PARSERS`, from `argv` or the process's command line.
-
-    Raises:
-        UserError: An option is unknown, missing or has an invalid value.
-    """
+    """Parse the options of a command, a key of `PARSERS`, from `argv` or the process's command line."""
     return PARSERS[command]().parse_args(argv)
 
 

@@ -208,11 +208,7 @@ def is_model(name: str) -> bool:
 
 
 def create_model(name: str, **kwargs) -> nn.Module:
-    """Build an autoencoder with `create_mae`, any other model (by a name of timm, also with a tag) with timm.
-
-    Raises:
-        UserError: timm cannot build the model with these arguments.
-    """
+    """Build an autoencoder with `create_mae`, any other model (by a name of timm, also with a tag) with timm."""
     if is_mae(name):
         return create_mae(name, **kwargs)
     try:

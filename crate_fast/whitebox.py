@@ -146,9 +146,6 @@ def visit_layers(
 
     Returns:
         The tokens of `model.forward_features(images)`, [B, N, C], for `model.forward_head`.
-
-    Raises:
-        UserError: There is no such layer.
     """
     stack = model.transformer.layers
     seen: dict[str, Tensor] = {}

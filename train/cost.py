@@ -42,11 +42,7 @@ _MEASURED = ("model", "image_size", *SIZES, "visible_only", "mask_ratio", *FORM)
 
 
 def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes: int | None) -> tuple[int, int, str]:
-    """Return the numbers of training images and of classes, and where they come from.
-
-    Raises:
-        UserError: A number is unknown, or the folder is not a data set.
-    """
+    """Return the numbers of training images and classes and their source; raise a UserError if one is unknown."""
     split = Path(config.data_dir) / config.train_split
     known = next((word for word in (config.dataset, *Path(recipe).stem.split("_")) if word in KNOWN_SIZES), None)
     found, source = KNOWN_SIZES.get(known, (None, None)), f"the known size of {known}"
@@ -68,11 +64,7 @@ def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes
 
 
 def read_throughput(folder: Path, config: TrainConfig) -> dict:
-    """Return the throughput that a finished run measured, with its conditions.
-
-    Raises:
-        UserError: The run has no throughput, or trained another model.
-    """
+    """Return the throughput that a finished run of the same model measured, with its conditions."""
     run = run_config(folder)
     try:
         rate = json.loads((folder / "summary.json").read_text())["throughput"]
@@ -202,11 +194,7 @@ def _saved_bytes(model, config: TrainConfig, batch: int, num_classes: int, devic
 
 
 def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
-    """Return the plan that `crate-fast plan --json` writes; `options` are the options of that command.
-
-    Raises:
-        UserError: The run is impossible, or a number is unknown; the message names the option to pass.
-    """
+    """Return the plan that `crate-fast plan --json` writes; `options` are the options of that command."""
     gpus, hosts = options.gpus, options.hosts
     if gpus % hosts:
         raise UserError(f"--gpus {gpus} is not a multiple of --hosts {hosts}: change one of them")

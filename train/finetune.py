@@ -15,11 +15,7 @@ INHERITED = ("model", "patch_size", "dim", "depth", "heads", "mean", *FORM)
 
 
 def inheriting(values: dict, chosen: dict) -> dict:
-    """Merge settings: the command line (`chosen`) overrides the initial run, which overrides the recipe (`values`).
-
-    Raises:
-        UserError: `init` is missing.
-    """
+    """Merge settings: the command line (`chosen`) overrides the initial run, and that the recipe (`values`)."""
     from crate_fast.registry import MAE, MAE_ENCODER, is_mae  # imports torch: after command-line errors
     from crate_fast.train.runs import initial_run, run_config
 

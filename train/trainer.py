@@ -94,9 +94,6 @@ class Trainer:
     """Training run on this process: model, EMA, optimiser, data and folder.
 
     Nothing is written to `folder` before `begin`. The run stops early when `interruption` has recorded a signal.
-
-    Raises:
-        UserError: The settings cannot be used here.
     """
 
     def __init__(
