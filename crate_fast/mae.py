@@ -82,8 +82,8 @@ class _Block(nn.Module):
 
 
 @torch.fx.wrap
-def check_inputs(imgs: Tensor, noise: Tensor | None, shape: tuple[int, int, int], n_patches: int) -> None:
-    """Raise a UserError unless images have this shape and the noise has a number for each patch."""
+def patch_noise(imgs: Tensor, noise: Tensor | None, shape: tuple[int, int, int], n_patches: int) -> Tensor:
+    """Check images and noise; return the noise, if it is None uniform random numbers [B, N]."""
     with without_tracer_warnings():
         check_floating(imgs)
         if imgs.dim() != 4 or tuple(imgs.shape[1:]) != shape:
@@ -94,6 +94,9 @@ def check_inputs(imgs: Tensor, noise: Tensor | None, shape: tuple[int, int, int]
         wanted = (imgs.shape[0], n_patches)
         if noise is not None and tuple(noise.shape) != wanted:
             raise UserError(f"noise has shape {tuple(noise.shape)}: pass one number per patch, {list(wanted)}")
+    if noise is not None:
+        return noise
+    return imgs.new_empty(wanted, dtype=torch.get_default_dtype()).uniform_()
 
 
 @torch.fx.wrap
@@ -108,14 +111,6 @@ def kept_patches(n_patches: int, mask_ratio: float) -> int:
             "at least one patch visible and one masked, such as 0.75"
         )
     return count
-
-
-@torch.fx.wrap
-def noise_for(imgs: Tensor, noise: Tensor | None, n_patches: int) -> Tensor:
-    """Return `noise`, or if it is None a uniform random number for each patch of each image."""
-    if noise is not None:
-        return noise
-    return imgs.new_empty((imgs.shape[0], n_patches), dtype=torch.get_default_dtype()).uniform_()
 
 
 @torch.fx.wrap
@@ -319,9 +314,8 @@ class CRATEMAE(nn.Module):
             the visible patches, in the order of `order`. Order [B, N]: patch indices, visible patches first.
         """
         n_patches = self.grid_size[0] * self.grid_size[1]
-        check_inputs(imgs, noise, (self.channels, *self.image_size), n_patches)
-        kept = self.kept(mask_ratio)
-        order = noise_for(imgs, noise, n_patches).argsort(dim=1, stable=True)
+        noise = patch_noise(imgs, noise, (self.channels, *self.image_size), n_patches)
+        kept, order = self.kept(mask_ratio), noise.argsort(dim=1, stable=True)
         patches, cls = self.patch_embed(imgs), self.cls_token.expand(imgs.shape[0], -1, -1)
         if self.visible_only:
             patches, cls = patches + self.pos_embed[:, 1:], cls + self.pos_embed[:, :1]
