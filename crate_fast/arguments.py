@@ -34,11 +34,9 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def rename_arguments(arguments: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """Return keyword arguments under one set of names.
+    """Return keyword arguments under one set of names; `names` maps other names to these.
 
-    Args:
-        arguments: Keyword arguments under either name. None counts as absent for the names in `names`.
-        names: The other name → the name in the result.
+    For these arguments, None counts as absent.
 
     Raises:
         UserError: An argument is given under both names, with different values.
@@ -77,11 +75,7 @@ def takes_names(names: dict[str, str]) -> Callable:
 
 
 def head_width(dim: int, heads: int) -> int:
-    """Return dim / heads.
-
-    Raises:
-        UserError: `heads` does not divide `dim`.
-    """
+    """Return dim / heads; raise a UserError if `heads` does not divide `dim`."""
     check_positive(dim=dim, heads=heads)
     if dim % heads:
         raise UserError(f"heads={heads} does not divide dim={dim}: choose another number of heads or pass dim_head")

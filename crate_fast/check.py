@@ -17,9 +17,9 @@ import torch
 
 from crate_fast import env
 from crate_fast.backends import explain_backend
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import UserError
 from crate_fast.isolation import Job, Process, run_jobs, tail
-from crate_fast.options import parse
+from crate_fast.options import main_of
 from crate_fast.probes import CHECKED, PROBES, find_probe
 
 JOBS = 4  # maximum number of parallel probes
@@ -47,16 +47,11 @@ def _run_jobs(jobs: Sequence[Job], folder: Path, done, parallel: int = 1) -> Non
 
 
 def run_probes(names: Sequence[str], interpreter: bool, limit_s: float = LIMIT_SECONDS) -> list[dict]:
-    """Run each probe in its own process; print its status as it ends.
+    """Run each probe in its own process; print its status as it ends, and return the rows of `probes.run_probe`.
 
-    Args:
-        names: Names of probes (see `probes.find_probe`).
-        interpreter: Run tiny problems in Triton's interpreter.
-        limit_s: Time limit of each probe in seconds.
-
-    Returns:
-        The rows of `probes.run_probe`. A process that crashes or hangs has only name, kernel, dtype, shape, seconds
-        and status. In every row that is not "right", "output" is the end of the process's output.
+    With `interpreter`, tiny problems run in Triton's interpreter. The row of a process that crashes or hangs has only
+    name, kernel, dtype, shape, seconds and status. In every row that is not "right", "output" is the end of the
+    process's output.
     """
     options = ["--device", "cpu", "--reruns", "2"] if interpreter else ["--device", "cuda", "--reruns", "20"]
     rows = {}
@@ -143,10 +138,7 @@ def _check(options: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the check, print the table and write the JSON; return the exit status."""
-    return run_command(lambda: _check(parse("check", argv)))
-
+main = main_of("check", _check)
 
 if __name__ == "__main__":
     sys.exit(main())

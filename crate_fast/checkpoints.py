@@ -86,16 +86,10 @@ def adapt_state_dict(
 def resample_weights(
     state_dict: dict, model: nn.Module, source_grid: tuple[int, int] | None, argument: str = "source_grid"
 ) -> dict[str, Tensor]:
-    """Resample positions as `adapt_state_dict` does, also for a timm ViT.
+    """Resample positions as `adapt_state_dict` does, for a state dict without wrappers, and also for a timm ViT.
 
-    Args:
-        state_dict: State dict without wrappers.
-        model: A CRATE, a CRATEMAE, or a timm ViT.
-        source_grid: See `adapt_state_dict`.
-        argument: Name of `source_grid` in messages.
-
-    Returns:
-        `state_dict` itself if its grid is the model's, else a new dictionary.
+    `argument` is the name of `source_grid` in messages. Returns `state_dict` itself if its grid is the model's, else
+    a new dictionary.
     """
     if isinstance(model, CRATEMAE):
         return _with_own_tables(state_dict, model)
@@ -156,37 +150,24 @@ def is_demo(state_dict: dict) -> bool:
     return "mlp_head.2.weight" in state_dict and hidden is not None and hidden.shape == (768, 768)
 
 
-def check_numbers(state_dict: dict, model: nn.Module, source: str) -> None:
-    """Reject integer weights of a floating-point model, which PyTorch would convert silently.
-
-    Raises:
-        UserError: `state_dict` is from a quantized model; its integers are useless without their scales.
-    """
-    for name, own in model.state_dict().items():
-        found = state_dict.get(name)
-        if found is not None and own.is_floating_point() and not found.is_floating_point():
-            raise UserError(
-                f"{source} holds {name} as {found.dtype}, as quantized models do, not as {own.dtype}: use the "
-                "weights from before quantization"
-            )
-
-
 def load_strictly(
     model: nn.Module, state_dict: dict, source: str, remedy: str, name: str = "this model"
 ) -> nn.Module:
-    """Load a state dict into `model`; all keys and shapes must be equal.
+    """Load a state dict whose keys and shapes equal the model's; return the model.
 
-    Args:
-        model: The model.
-        state_dict: Its weights.
-        source: Origin of the weights, for the message.
-        remedy: Advice if they do not fit, for the message.
-        name: Name of the model, for the message.
+    The messages name the `source` of the weights, the `name` of the model, and a `remedy`.
 
     Raises:
         MismatchError: Keys or shapes differ; the message names some of them in one line.
+        UserError: The weights are integers of a quantized model, which PyTorch would convert silently.
     """
-    check_numbers(state_dict, model, source)
+    for key, own in model.state_dict().items():
+        found = state_dict.get(key)
+        if found is not None and own.is_floating_point() and not found.is_floating_point():
+            raise UserError(
+                f"{source} holds {key} as {found.dtype}, as quantized models do, not as {own.dtype}: use the "
+                "weights from before quantization"
+            )
     try:
         model.load_state_dict(state_dict, strict=True)
     except RuntimeError as error:
@@ -197,11 +178,7 @@ def load_strictly(
 
 
 def load_weights(
-    model: nn.Module,
-    path: str | os.PathLike,
-    *,
-    resample: bool = False,
-    source_grid: tuple[int, int] | None = None,
+    model: nn.Module, path: str | os.PathLike, *, resample: bool = False, source_grid: tuple[int, int] | None = None
 ) -> nn.Module:
     """Load a file's weights into `model`, strictly.
 

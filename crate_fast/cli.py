@@ -1,14 +1,4 @@
-"""The command `crate-fast`, which runs every program of the package.
-
-    crate-fast env                        versions, devices, backends
-    crate-fast check                      check the kernels on this GPU
-    crate-fast pretrain …                 train/pretrain.py; also pretrain_mae, finetune and linear_probe
-    crate-fast export MODEL …             ONNX and torch.export files
-    crate-fast share RUN FOLDER           a model for timm and the Hugging Face Hub
-    crate-fast plan …                     cost of a training run
-    crate-fast eval PROTOCOL …            eval/PROTOCOL.py; `crate-fast eval` lists them
-    crate-fast reproduce emergence …      a whole experiment
-    crate-fast explore …                  a local page to look inside models
+"""The command `crate-fast`, which runs every program of the package; without arguments it lists them.
 
 A command is a module with `main(argv) -> int`. It is imported after its command line has been parsed.
 """
@@ -44,10 +34,7 @@ PROTOCOLS = {
     "reconstruction": "masked patches reconstructed by a CRATE-MAE, by mask ratio",
     "classify": "top-1 and top-5, k-NN, linear probe",
 }
-
-EXPERIMENTS = {
-    "emergence": "does segmentation appear in CRATE and not in a ViT? (Fig. 4, 6, 7, 9, 10; Table 2)",
-}
+EXPERIMENTS = {"emergence": "does segmentation appear in CRATE and not in a ViT? (Fig. 4, 6, 7, 9, 10; Table 2)"}
 # Word → (kind, entries, package of their modules, suffix of the module name)
 GROUPS = {
     "eval": ("protocol", PROTOCOLS, "crate_fast.eval", ""),

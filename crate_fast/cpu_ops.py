@@ -157,17 +157,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor |
 
 @torch.library.custom_op("crate_fast::cpu_linear", mutates_args=(), device_types="cpu")
 def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, residual: bool = False) -> Tensor:
-    """Compute y = x Wᵀ + b, or max(y, 0), or max(x + y, 0). NaN stays NaN (oneDNN's own ReLU returns 0).
+    """Compute y = x Wᵀ + b [M, N], contiguous, of x [M, K], W [N, K] and b [N] or None.
 
-    Args:
-        x: [M, K].
-        weight: W [N, K].
-        bias: b [N] or None.
-        relu: Apply the ReLU.
-        residual: Add x, if N = K. Adding the identity to W instead has ten times the rounding error in ISTA.
-
-    Returns:
-        y [M, N], contiguous.
+    With `residual` x is added (N = K); adding the identity to W instead has ten times the rounding error in ISTA.
+    With `relu` negative values become 0, and NaN stays NaN (oneDNN's own ReLU returns 0).
     """
     y = product(x, weight, bias)
     if residual:
@@ -209,15 +202,7 @@ cpu_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `torch.nn.functional.linear`; fp32 on the CPU uses oneDNN where it is faster.
 
-    A leaf in `torch.fx` graphs; TorchScript runs PyTorch's function.
-
-    Args:
-        x: [..., K].
-        weight: [N, K].
-        bias: [N] or None.
-
-    Returns:
-        x weightᵀ + bias [..., N].
+    It is a leaf in `torch.fx` graphs. TorchScript runs PyTorch's function.
     """
     if torch.jit.is_scripting():
         return F.linear(x, weight, bias)

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import crate_fast
-from crate_fast.errors import run_command
-from crate_fast.options import parse
+from crate_fast.options import main_of
 
 if TYPE_CHECKING:
     import torch
@@ -143,10 +142,7 @@ def _print_facts(_options: argparse.Namespace) -> None:
         print(f"{name:<17}  {value}", flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print `describe()`."""
-    return run_command(lambda: _print_facts(parse("env", argv)))
-
+main = main_of("env", _print_facts)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -66,14 +66,7 @@ def missing_package(name: str) -> UserError:
 
 
 def require(*packages: str) -> None:
-    """Raise a UserError now for a missing package that a command needs later.
-
-    Args:
-        packages: Import names.
-
-    Raises:
-        UserError: A package is not installed; the message has the command that installs it.
-    """
+    """Raise a UserError now for a missing package (import name) that a command needs later."""
     for name in packages:
         if importlib.util.find_spec(name) is None:
             raise missing_package(name)
@@ -86,12 +79,8 @@ def run_command(command: Callable[..., int | None], *arguments: Any) -> int:
     bugs and propagate. Under torchrun, rank 0 prints, and each rank writes the message to the error file of its
     process, which torchrun shows at the end of its report.
 
-    Args:
-        command: A function that returns an exit status, or None for 0.
-        arguments: Its arguments.
-
     Returns:
-        The exit status; 2 after a `UserError`.
+        The exit status that the command returned, 0 for None; 2 after an error.
     """
     try:
         return command(*arguments) or 0

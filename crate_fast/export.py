@@ -21,7 +21,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -30,12 +29,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from crate_fast.env import provenance
-from crate_fast.errors import UserError, require, run_command
+from crate_fast.errors import UserError, require
 from crate_fast.exported import Difference, compare, open_exported
 from crate_fast.functional import fold_dictionary
 from crate_fast.layers import ISTA, MHSA, MSSA, ODL
 from crate_fast.model import CRATE, pool_tokens
-from crate_fast.options import parse
+from crate_fast.options import main_of
 from crate_fast.whitebox import attention_layer, layer_numbers, trace
 
 FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
@@ -49,12 +48,7 @@ def resampling_matrix(new: int, old: int, like: Tensor) -> Tensor:
     """Return the matrix [new, old] that resamples `old` points to `new` as antialiased bicubic `F.interpolate`.
 
     Row i holds k((j + ½ − s(i + ½)) / max(s, 1)) for every j, divided by its sum, with s = old / new and k the cubic
-    convolution kernel for a = −½.
-
-    Args:
-        new: Number of output points; may be symbolic.
-        old: Number of input points.
-        like: Tensor with the matrix's dtype and device.
+    convolution kernel for a = −½. `new` may be symbolic; the dtype and device are those of `like`.
 
     >>> resampling_matrix(2, 2, torch.zeros(()))
     tensor([[1., 0.],
@@ -100,16 +94,13 @@ def _portable(module: nn.Module) -> nn.Module:
 def choose_outputs(
     model: CRATE, outputs: Sequence[str] | None = None, layers: Iterable[int] | None = None
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Check and sort the outputs of an exported model.
+    """Return the outputs of an exported model in the order of `OUTPUTS`, and layers in ascending order.
 
     Args:
         model: The CRATE.
         outputs: Names from `OUTPUTS`; None means "logits", or "features" without a classifier.
         layers: Layers of "attention" and "subspace_tokens", negative ones from the end; None means the layer of
             the paper's figures (`whitebox.attention_layer`).
-
-    Returns:
-        Names in the order of `OUTPUTS`, and layers in ascending order.
 
     Raises:
         TypeError: The model is not a CRATE.
@@ -238,14 +229,8 @@ def _write_torch(program: ExportedProgram, path: Path, facts: dict) -> None:
 
 def _write_onnx(program: ExportedProgram, outputs: Sequence[str], path: Path, facts: dict, opset: int) -> None:
     """Save a program as one ONNX file with the facts as its metadata; values other than strings are JSON."""
-    written = torch.onnx.export(
-        program,
-        input_names=["images"],
-        output_names=list(outputs),
-        opset_version=opset,
-        dynamo=True,
-        verbose=False,
-    )
+    names = {"input_names": ["images"], "output_names": list(outputs)}
+    written = torch.onnx.export(program, **names, opset_version=opset, dynamo=True, verbose=False)
     for name, value in facts.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         written.model.metadata_props[name] = text
@@ -359,7 +344,7 @@ def _check(name: str, differences: list[Difference], tolerance: float, say: Call
                 f"{name}: {d.output} of images {images} differs from the model's by {values}; the tolerance is "
                 f"{tolerance:g} of the largest. Nothing was written; to accept this, pass a larger tolerance"
             )
-    return [asdict(d) for d in differences]
+    return [d._asdict() for d in differences]
 
 
 def _statistics(normalize: nn.Module) -> tuple[list[float], list[float]]:
@@ -401,10 +386,7 @@ def _export(options: argparse.Namespace) -> None:
     print("written:", *map(str, written), sep="\n  ")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run `crate-fast export`; return the exit status, 2 after an error or a mismatch."""
-    return run_command(lambda: _export(parse("export", argv)))
-
+main = main_of("export", _export)
 
 if __name__ == "__main__":
     sys.exit(main())

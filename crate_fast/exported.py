@@ -8,9 +8,8 @@ compare(run, model, portable)                  # the largest differences, at siz
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,11 +27,7 @@ Exported = Callable[[Tensor], dict[str, Tensor]]
 def open_exported(path: str | Path) -> Exported:
     """Return a function that runs an exported file on the CPU: images [B, channels, height, width] → outputs by name.
 
-    Args:
-        path: A `.onnx` file, run by onnxruntime, or a `.pt2` file, run by PyTorch.
-
-    Raises:
-        UserError: The file has another suffix, or onnxruntime is missing.
+    `.onnx` files are run by onnxruntime, which must be installed, `.pt2` files by PyTorch.
     """
     path = Path(path)
     if path.suffix == ".pt2":
@@ -59,13 +54,7 @@ def open_exported(path: str | Path) -> Exported:
 def eager_outputs(
     model: CRATE, images: Tensor, outputs: Sequence[str], layers: Iterable[int] | None = None
 ) -> dict[str, Tensor]:
-    """Compute the outputs of a `PortableCRATE` from the model itself and `whitebox.trace`.
-
-    Args:
-        model: The CRATE, set to the size of these images.
-        images: Normalised images [B, channels, height, width].
-        outputs, layers: Result of `export.choose_outputs`.
-    """
+    """Compute the outputs of a `PortableCRATE` from the model itself, for normalised images of its current size."""
     traces = trace(model, images, layers) if {"attention", "subspace_tokens"} & set(outputs) else []
     values = {}
     if "logits" in outputs:
@@ -79,21 +68,13 @@ def eager_outputs(
     return values
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Difference between an exported model and its source, in one output on one batch.
-
-    Attributes:
-        output: Name of the output.
-        images: Shape of the images.
-        absolute: Largest absolute difference; NaN if either output contains NaN.
-        largest: Largest absolute value of the source.
-    """
+class Difference(NamedTuple):
+    """Difference between an exported model and its source, in one output on one batch."""
 
     output: str
-    images: tuple[int, ...]
-    absolute: float
-    largest: float
+    images: tuple[int, ...]  # their shape
+    absolute: float  # largest absolute difference; NaN if either output contains NaN
+    largest: float  # largest absolute value of the source
 
     @property
     def relative(self) -> float:
@@ -104,16 +85,8 @@ class Difference:
 def compare(run: Exported, model: CRATE, portable: "PortableCRATE") -> list[Difference]:
     """Compare an exported model with its source on random images of three batch and image sizes.
 
-    Args:
-        run: Result of `open_exported`.
-        model: The CRATE.
-        portable: The `export.PortableCRATE` that was written.
-
-    Returns:
-        A `Difference` for each output and size.
-
-    Raises:
-        UserError: The exported model's outputs have other names or shapes.
+    `run` is the result of `open_exported` for the file to which `portable` was written. Returns a `Difference` for
+    each output and size; other names or shapes of outputs are a UserError.
     """
     model = copy.deepcopy(model).cpu().float().eval()
     (height, width), (h, w) = model.patch_size, model.grid_size

@@ -340,15 +340,10 @@ class _FoldDictionary(torch.autograd.Function):
 
 
 def fold_dictionary(dictionary: Tensor, step_size: float = 0.1, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the matrix of the ISTA gradient step, G = η(D − DᵀD): x + xG = x + η(xD − xDᵀD).
+    """Return the matrix of the ISTA gradient step, G = η(D − DᵀD) [C, C]: x + xG = x + η(xD − xDᵀD).
 
-    Args:
-        dictionary: D [C, C].
-        step_size: η.
-        dtype: Dtype of the product DᵀD and of its gradient, also under autocast; the dictionary's if None.
-
-    Returns:
-        G [C, C] in the dictionary's dtype.
+    `dtype` is that of the product DᵀD and of its gradient, also under autocast; the dictionary's if None. The result
+    has the dictionary's dtype.
     """
     dtype = dictionary.dtype if dtype is None else dtype
     with without_autocast(dictionary.device.type):

@@ -19,25 +19,16 @@ LAST_SECONDS = 3.0  # for a killed process to end; one that hangs in a driver is
 
 @dataclass(frozen=True)
 class Job:
-    """A command and its limits.
+    """A command and its limits."""
 
-    Args:
-        name: Name of its log.
-        command: Program and arguments.
-        limit_s: Seconds after which it is killed, with all processes that it started.
-        environment: Variables added to those of the runner.
-        beat: A file that it must touch every `stall_s` seconds, or None; the first touch may take `start_s`.
-        items: Its work items, if known.
-    """
-
-    name: str
+    name: str  # also of its log
     command: list[str]
-    limit_s: float
-    environment: dict[str, str] = field(default_factory=dict)
-    beat: Path | None = None
+    limit_s: float  # then it is killed, with all processes that it started
+    environment: dict[str, str] = field(default_factory=dict)  # added to the runner's
+    beat: Path | None = None  # a file that it must touch every `stall_s`; the first touch may take `start_s`
     stall_s: float = 0.0
     start_s: float = 60.0
-    items: list[dict] = field(default_factory=list)
+    items: list[dict] = field(default_factory=list)  # its work items, if known
 
 
 class Process:
@@ -143,17 +134,10 @@ def run_jobs(
     parallel: int,
     soft: float,
 ) -> list[Job]:
-    """Run jobs, `parallel` at a time, until all have ended.
+    """Run jobs, the most important first and `parallel` at a time; return those that were not started.
 
-    Args:
-        jobs: Jobs, the most important first.
-        start: Starts a job; `check` of the returned process enforces its limits.
-        done: Called with each process that has ended; returns more jobs to run.
-        parallel: Number of parallel processes.
-        soft: `time.monotonic()` after which no job is started.
-
-    Returns:
-        The jobs that were not started.
+    `start` starts a job, and `check` of its process enforces the limits. `done` is called with each process that has
+    ended, and returns more jobs to run. No job is started after `soft`, a value of `time.monotonic()`.
     """
     queue, running = deque(jobs), []
     try:

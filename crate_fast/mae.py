@@ -28,12 +28,8 @@ from crate_fast.errors import UserError
 from crate_fast.layers import ISTA, MSSA, DecoderLayer, Dictionary, Layer, Linear, PreNorm, patches_of
 from crate_fast.model import CRATE, check_images
 
-_NAMES = {
-    "image_size": "img_size",
-    "channels": "in_chans",
-    "dim": "embed_dim",
-    "heads": "num_heads",
-}  # name in CRATE: name here
+# Name in CRATE: name here
+_NAMES = {"image_size": "img_size", "channels": "in_chans", "dim": "embed_dim", "heads": "num_heads"}
 _NORM_EPS = 1e-6  # of the last LayerNorm of encoder and decoder
 ENCODER_OPTIONS = {"embed_norm": False, "norm_eps": _NORM_EPS, "sparsity": 0.5}  # of the encoder as a CRATE
 _ENCODER_CHOICES = {
@@ -86,8 +82,8 @@ class _Block(nn.Module):
 
 
 @torch.fx.wrap
-def check_inputs(imgs: Tensor, noise: Tensor | None, shape: tuple[int, int, int], n_patches: int) -> None:
-    """Raise a UserError unless images have this shape and the noise has a number for each patch."""
+def patch_noise(imgs: Tensor, noise: Tensor | None, shape: tuple[int, int, int], n_patches: int) -> Tensor:
+    """Check images and noise; return the noise, if it is None uniform random numbers [B, N]."""
     with without_tracer_warnings():
         check_floating(imgs)
         if imgs.dim() != 4 or tuple(imgs.shape[1:]) != shape:
@@ -98,6 +94,9 @@ def check_inputs(imgs: Tensor, noise: Tensor | None, shape: tuple[int, int, int]
         wanted = (imgs.shape[0], n_patches)
         if noise is not None and tuple(noise.shape) != wanted:
             raise UserError(f"noise has shape {tuple(noise.shape)}: pass one number per patch, {list(wanted)}")
+    if noise is not None:
+        return noise
+    return imgs.new_empty(wanted, dtype=torch.get_default_dtype()).uniform_()
 
 
 @torch.fx.wrap
@@ -112,14 +111,6 @@ def kept_patches(n_patches: int, mask_ratio: float) -> int:
             "at least one patch visible and one masked, such as 0.75"
         )
     return count
-
-
-@torch.fx.wrap
-def noise_for(imgs: Tensor, noise: Tensor | None, n_patches: int) -> Tensor:
-    """Return `noise`, or if it is None a uniform random number for each patch of each image."""
-    if noise is not None:
-        return noise
-    return imgs.new_empty((imgs.shape[0], n_patches), dtype=torch.get_default_dtype()).uniform_()
 
 
 @torch.fx.wrap
@@ -288,14 +279,10 @@ class CRATEMAE(nn.Module):
         return kept_patches(self.grid_size[0] * self.grid_size[1], mask_ratio)
 
     def reconstruction(self, imgs: Tensor, pred: Tensor) -> Tensor:
-        """Return the predicted pixels as images [B, channels, height, width].
+        """Return the pixels that `forward` predicted for `imgs` as images [B, channels, height, width].
 
         With `norm_pix_loss` the mean and deviation come from the true patches, as in the figures of the MAE paper,
         because a prediction does not contain them.
-
-        Args:
-            imgs: Images passed to `forward`.
-            pred: Predictions that `forward` returned.
         """
         pred = pred.to(imgs.dtype)
         if self.norm_pix_loss:
@@ -320,19 +307,15 @@ class CRATEMAE(nn.Module):
         return x
 
     def forward_encoder(self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mask and encode images.
-
-        Args:
-            imgs, mask_ratio, noise: See `forward`.
+        """Mask and encode images; the arguments are those of `forward`.
 
         Returns:
             (tokens, order). Tokens after the last LayerNorm, CLS first: [B, N + 1, C], or with `visible_only` only
             the visible patches, in the order of `order`. Order [B, N]: patch indices, visible patches first.
         """
         n_patches = self.grid_size[0] * self.grid_size[1]
-        check_inputs(imgs, noise, (self.channels, *self.image_size), n_patches)
-        kept = self.kept(mask_ratio)
-        order = noise_for(imgs, noise, n_patches).argsort(dim=1, stable=True)
+        noise = patch_noise(imgs, noise, (self.channels, *self.image_size), n_patches)
+        kept, order = self.kept(mask_ratio), noise.argsort(dim=1, stable=True)
         patches, cls = self.patch_embed(imgs), self.cls_token.expand(imgs.shape[0], -1, -1)
         if self.visible_only:
             patches, cls = patches + self.pos_embed[:, 1:], cls + self.pos_embed[:, :1]
@@ -355,13 +338,7 @@ class CRATEMAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(self._run(self.decoder_blocks, tokens)))[:, 1:]
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Return the mean squared error per pixel over the masked patches, a scalar in fp32 or float64.
-
-        Args:
-            imgs: [B, channels, height, width].
-            pred: [B, N, p·p·channels].
-            mask: [B, N], 1 where masked.
-        """
+        """Return the mean squared error per pixel over the masked patches (mask 1), a scalar in fp32 or float64."""
         target = self.patchify(imgs)
         target = at_least_float(target)
         if self.norm_pix_loss:
@@ -467,9 +444,7 @@ def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 def encoder_state_dict(state_dict: dict[str, Tensor], visible_only: bool = False) -> dict[str, Tensor]:
     """Return the encoder's weights in a CRATE-MAE state dict, under the names of a `CRATE` with `embed_norm=False`.
 
-    Args:
-        state_dict: State dict of a `CRATEMAE` or of a released model.
-        visible_only: True if the model was trained with `visible_only`: its positions are in another table.
+    A model that was trained with `visible_only` has its positions in another table.
 
     Raises:
         UserError: This is not the state dict of a CRATE-MAE; the message names a missing key.

@@ -60,11 +60,9 @@ def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, 
 
 
 def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
-    """Pool tokens [B, N, C], CLS first, to [B, C] for the head; return them unchanged for pool="".
+    """Pool tokens [B, N, C], CLS first, to [B, C] for the head.
 
-    Args:
-        tokens: Output of the last layer.
-        pool: "cls"; "mean" over all tokens with CLS; "avg" over the patches, as in timm; "" for no pooling.
+    `pool` is "cls", "mean" over all tokens with CLS, "avg" over the patches as in timm, or "" for unchanged tokens.
     """
     if pool == "cls":
         return tokens[:, 0]
@@ -281,14 +279,11 @@ class CRATE(nn.Module):
         return patch_grid(self.image_size, self.patch_size)
 
     def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size=None) -> None:
-        """Set the image size that the model expects.
+        """Set the image size (height and width in pixels) that the model expects; None leaves it unchanged.
 
         Unlike in timm, the position embedding keeps its own grid and is interpolated in every forward pass. A change
-        to 480 pixels and back loses nothing, and checkpoints keep their shapes.
-
-        Args:
-            img_size: New height and width in pixels; unchanged if None.
-            patch_size: The current patch size or None: the patch embedding cannot be resampled.
+        to 480 pixels and back loses nothing, and checkpoints keep their shapes. `patch_size` must be the current one
+        or None: the patch embedding cannot be resampled.
 
         Raises:
             UserError: `img_size` is not a multiple of the patch size, or `patch_size` is not the current one.
@@ -426,14 +421,8 @@ class CRATE(nn.Module):
         norm: bool = False,
     ) -> list:
         """Return the last n or the listed layers as [B, patches, C] (DINO's name for `forward_intermediates`)."""
-        return self.forward_intermediates(
-            x,
-            n,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            output_fmt="NCHW" if reshape else "NLC",
-            intermediates_only=True,
-        )
+        options = {"return_prefix_tokens": return_prefix_tokens, "norm": norm, "intermediates_only": True}
+        return self.forward_intermediates(x, n, output_fmt="NCHW" if reshape else "NLC", **options)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -117,15 +117,10 @@ def _product(
     mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return y = `add` + α·a·weightᵀ [M, N]; with `shift` max(y − shift, 0), and 0 where the mask is 0.
+    """Return y = `add` + α·a·weightᵀ [M, N]; with `shift` max(y − shift, 0), and 0 where the mask [M, N] is 0.
 
-    Args:
-        kernels: Run the Triton kernel; else fp32 on a CPU, with α on the narrower side, ReLU and mask in place.
-        a, weight: [M, K] and [N, K], in the dtype of the products.
-        alpha: α.
-        add, mask: [M, N] or None.
-        shift: Threshold of the ReLU; None for no ReLU.
-        dtype: Dtype of the result; that of `a` if None.
+    a [M, K] and weight [N, K] have the dtype of the products; `dtype` is that of the result, a's if None. `kernels`
+    chooses the Triton kernel, else fp32 on a CPU, with α on the narrower side, ReLU and mask in place.
     """
     if kernels:
         from crate_fast.kernels import product

@@ -90,13 +90,8 @@ def _evaluation(
 ) -> argparse.ArgumentParser:
     """Return a parser with the options of every protocol: models, data, size, limit, device, output.
 
-    Args:
-        protocol: Name of the protocol.
-        data: Default of `--data`; None makes it required; False omits `--data` and `--limit`, for a protocol with
-            its own data options.
-        many: Accept several models.
-        image_size: Default of `--image-size`; None is the model's own.
-        limit: Default of `--limit`; None is all images.
+    `data`, `image_size` and `limit` are defaults of the options. Without a default, `--data` is required; data=False
+    omits `--data` and `--limit`, for a protocol with its own data options. `many` accepts several models.
     """
     epilog = _how_to_name_models()
     if data is not False:
@@ -352,11 +347,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {  # command: its pa
 
 
 def parse(command: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the options of a command, a key of `PARSERS`, from `argv` or the process's command line.
-
-    Raises:
-        UserError: An option is unknown, missing or has an invalid value.
-    """
+    """Parse the options of a command, a key of `PARSERS`, from `argv` or the process's command line."""
     return PARSERS[command]().parse_args(argv)
 
 

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,10 +59,8 @@ class Problem:
     def results(self, function: Callable[..., Tensor]) -> list[Tensor]:
         """Return the output and the gradient of every input."""
 
-        device = self.grad.device.type
-
         def forward(*inputs: Tensor) -> Tensor:
-            with nullcontext() if self.autocast is None else torch.autocast(device, self.autocast):
+            with torch.autocast(self.grad.device.type, self.autocast, enabled=self.autocast is not None):
                 return function(*inputs)
 
         return gradients(forward, self.inputs, self.grad)
@@ -260,13 +258,10 @@ def find_probe(name: str) -> Probe:
 
 
 def run_probe(probe: Probe, device: torch.device | str, reruns: int = 20) -> dict[str, object]:
-    """Run a probe in this process.
+    """Run a probe in this process, and rerun it; the reruns must be bit-equal.
 
-    Args:
-        probe: From `find_probe`.
-        device: A GPU, or the CPU in Triton's interpreter. There the sizes are tiny, float16 (or fp32, if the range
-            is too small) replaces bfloat16, and fp32 products are exact.
-        reruns: Number of reruns, which must be bit-equal.
+    On the CPU it runs in Triton's interpreter. There the sizes are tiny, float16 (or fp32, if the range is too small)
+    replaces bfloat16, and fp32 products are exact.
 
     Returns:
         name, kernel, launched (names of the kernels), dtype, shape; outputs (by name: rms, max, allowed_rms,
@@ -276,14 +271,8 @@ def run_probe(probe: Probe, device: torch.device | str, reruns: int = 20) -> dic
     device = torch.device(device)
     start = time.perf_counter()
     precision, sizes = (probe.precision, probe.sizes) if device.type == "cuda" else _tiny(probe)
-    row: dict[str, object] = {
-        "name": probe.name,
-        "kernel": probe.kernel,
-        "dtype": precision,
-        "shape": list(sizes),
-        "reruns": reruns,
-        "status": "right",
-    }
+    row = {"name": probe.name, "kernel": probe.kernel, "dtype": precision, "shape": list(sizes)}
+    row |= {"reruns": reruns, "status": "right"}
     try:
         with _built(probe, precision, sizes, device) as problem, _poisoned(device):
             row |= _judged(problem, reruns)

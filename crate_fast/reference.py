@@ -91,13 +91,7 @@ def compress_reference(
 
 
 def layer_reference(
-    x: Tensor,
-    weights: dict[str, Tensor],
-    heads: int,
-    *,
-    residual: str = "released",
-    eps: float = 1e-5,
-    **ista,
+    x: Tensor, weights: dict[str, Tensor], heads: int, *, residual: str = "released", eps: float = 1e-5, **ista
 ) -> Tensor:
     """Run one CRATE layer on tokens x [B, N, C]: `compress_reference`, then `norm_ista_reference` with **ista.
 
@@ -112,14 +106,9 @@ def layer_reference(
 
 
 def coding_rate_reference(w: Tensor, epsilon: float = 0.01) -> Tensor:
-    """Return R^c of the tokens in the N×N form: Σ_h ½·logdet(I + D/(Nε)·Ŵ_h Ŵ_hᵀ).
+    """Return R^c of the tokens per image [B], in nats, in the N×N form: Σ_h ½·logdet(I + D/(Nε)·Ŵ_h Ŵ_hᵀ).
 
-    Args:
-        w: Subspace tokens [B, N, H, D]; Ŵ is w with each token scaled to unit length.
-        epsilon: Quantisation precision ε.
-
-    Returns:
-        R^c per image [B], in nats.
+    Ŵ are the subspace tokens w [B, N, H, D], each scaled to unit length; ε is the quantisation precision.
     """
     n_tokens, dim = w.shape[1], w.shape[-1]
     unit = F.normalize(w, dim=-1).transpose(1, 2)

@@ -13,14 +13,7 @@ from torch import Tensor, nn
 from crate_fast.arguments import TIMM_NAMES, head_width, rename_arguments
 from crate_fast.checkpoints import adapt_state_dict, load_weights
 from crate_fast.errors import UserError
-from crate_fast.mae import (
-    CRATEMAE,
-    ENCODER_OPTIONS,
-    CRATEMAE_base,
-    CRATEMAE_large,
-    CRATEMAE_small,
-    CRATEMAE_tiny,
-)
+from crate_fast.mae import CRATEMAE, ENCODER_OPTIONS, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny
 from crate_fast.model import ALPHA_OPTIONS, CRATE
 
 __all__ = ["MAE", "MAE_ENCODER", "create_mae", "create_model", "is_mae", "is_model", "model_names"]
@@ -215,15 +208,7 @@ def is_model(name: str) -> bool:
 
 
 def create_model(name: str, **kwargs) -> nn.Module:
-    """Build an autoencoder with `create_mae`, any other model with `timm.create_model`.
-
-    Args:
-        name: One of `model_names()`, or a name of timm with a tag.
-        **kwargs: Arguments of the model.
-
-    Raises:
-        UserError: timm cannot build the model with these arguments.
-    """
+    """Build an autoencoder with `create_mae`, any other model (by a name of timm, also with a tag) with timm."""
     if is_mae(name):
         return create_mae(name, **kwargs)
     try:

@@ -292,9 +292,7 @@ _CHECKS: dict[str, tuple[Callable, Callable, str]] = {  # function: (small argum
 def checked(function: Callable, *arguments, **options):
     """Return function(*arguments, **options), after a check if this is a variant's first launch on the device.
 
-    Args:
-        function: A kernel's function, one of `_CHECKS`.
-        arguments, options: Its arguments.
+    `function` is a kernel's function, one of `_CHECKS`.
 
     Raises:
         UserError: The kernel is wrong or does not run. The message names it, the versions of PyTorch, Triton and

@@ -25,13 +25,8 @@ _PREFIXES = ("module.", "_orig_mod.")  # added by DataParallel and DDP, and by t
 _TORCH_MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # near the start of files in torch.save's older format
 _FETCH = "download it again, or use another file"
 _STATE_DICT = "save only its state dict where it was made, with torch.save or as safetensors"
-_ARCHIVES = (
-    b"\x1f\x8b",
-    b"BZh",
-    b"\xfd7zXZ\x00",
-    b"\x28\xb5\x2f\xfd",
-    b"7z\xbc\xaf\x27\x1c",
-)  # first bytes of gzip, bzip2, xz, zstd and 7z files
+# First bytes of gzip, bzip2, xz, zstd and 7z files
+_ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c")
 
 
 # --- the state dict in the contents of a file ---------------------------------------------------------------------

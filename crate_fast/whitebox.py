@@ -71,11 +71,7 @@ def attention_layer(model: nn.Module) -> int:
 
 
 def layer_numbers(model: nn.Module, layers: Iterable[int]) -> list[int]:
-    """Convert layer indices, negative ones counted from the end, to ascending numbers from 0.
-
-    Raises:
-        UserError: There is no such layer.
-    """
+    """Convert layer indices, negative ones from the end, to ascending numbers; a missing layer is a UserError."""
     depth, found = len(model.transformer.layers), set()
     for index in layers:
         if not -depth <= index < depth:
@@ -86,27 +82,16 @@ def layer_numbers(model: nn.Module, layers: Iterable[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """Tensors that one layer computed for a batch.
+    """Tensors that one layer computed for a batch."""
 
-    Attributes:
-        index: The layer, from 0.
-        queries: [B, N, H, D]; with MSSA the subspace tokens.
-        keys: [B, N, H, D]; with MSSA the same tensor.
-        tied: True if query, key and value are one projection (MSSA).
-        scale: s of the logits s·⟨query, key⟩.
-        after_mssa: h [B, N, C], the tokens after compression and its residual, before LN₂.
-        after_ista: Output of the layer [B, N, C]: after ISTA, or after ODL or MLP and their residual.
-        sparsifier: Second half of the layer: LayerNorm, then ISTA, ODL or MLP.
-    """
-
-    index: int
-    queries: Tensor
-    keys: Tensor
-    tied: bool
-    scale: float
-    after_mssa: Tensor
-    after_ista: Tensor
-    sparsifier: nn.Module
+    index: int  # the layer, from 0
+    queries: Tensor  # [B, N, H, D]; with MSSA the subspace tokens
+    keys: Tensor  # [B, N, H, D]; with MSSA the same tensor
+    tied: bool  # True if query, key and value are one projection (MSSA)
+    scale: float  # s of the logits s·⟨query, key⟩
+    after_mssa: Tensor  # h [B, N, C], the tokens after compression and its residual, before LN₂
+    after_ista: Tensor  # output of the layer [B, N, C]: after ISTA, or after ODL or MLP and their residual
+    sparsifier: nn.Module  # second half of the layer: LayerNorm, then ISTA, ODL or MLP
 
     @property
     def subspace_tokens(self) -> Tensor:
@@ -161,9 +146,6 @@ def visit_layers(
 
     Returns:
         The tokens of `model.forward_features(images)`, [B, N, C], for `model.forward_head`.
-
-    Raises:
-        UserError: There is no such layer.
     """
     stack = model.transformer.layers
     seen: dict[str, Tensor] = {}
@@ -176,9 +158,14 @@ def visit_layers(
 
     def hand_over(index: int):
         def hook(layer, _inputs, output):
-            layer_trace = _layer_trace(layer, index, after_ista=output, **seen)
-            seen.clear()
-            visit(layer_trace)
+            attention, projected = layer[0].fn, seen.pop("projected")
+            tied = not isinstance(attention, MHSA)
+            if tied:
+                queries = keys = projected.unflatten(-1, (attention.heads, -1))
+            else:
+                queries, keys, _ = projected.unflatten(-1, (3, attention.heads, -1)).unbind(dim=2)
+            tokens = seen.pop("after_mssa"), output
+            visit(LayerTrace(index, queries, keys, tied, attention.scale, *tokens, sparsifier=layer[1]))
 
         return hook
 
@@ -194,33 +181,12 @@ def visit_layers(
 def trace(model: nn.Module, images: Tensor, layers: Iterable[int] | None = None) -> list[LayerTrace]:
     """Run `model` on `images` and return a trace of each chosen layer.
 
-    The traces are differentiable; wrap the call in `torch.no_grad()` if you need no gradients.
-
-    Args:
-        model, images: See `visit_layers`.
-        layers: Indices, negative ones from the end; None for all. A trace holds about (2 + H·D/C)·B·N·C numbers.
-
-    Returns:
-        One `LayerTrace` per chosen layer, in the order of the model.
-
-    Raises:
-        UserError: There is no such layer.
+    The arguments are those of `visit_layers`. A trace holds about (2 + H·D/C)·B·N·C numbers. The traces are
+    differentiable; wrap the call in `torch.no_grad()` if you need no gradients.
     """
     traces: list[LayerTrace] = []
     visit_layers(model, images, traces.append, layers)
     return traces
-
-
-def _layer_trace(
-    layer: nn.Module, index: int, projected: Tensor, after_mssa: Tensor, after_ista: Tensor
-) -> LayerTrace:
-    attention = layer[0].fn
-    tied = not isinstance(attention, MHSA)
-    if tied:
-        queries = keys = projected.unflatten(-1, (attention.heads, -1))
-    else:
-        queries, keys, _ = projected.unflatten(-1, (3, attention.heads, -1)).unbind(dim=2)
-    return LayerTrace(index, queries, keys, tied, attention.scale, after_mssa, after_ista, layer[1])
 
 
 @torch.no_grad()
@@ -265,12 +231,7 @@ def layer_measures(
 def layer_statistics(model: nn.Module, images: Tensor, epsilon: float = 0.01) -> dict[str, Tensor]:
     """Return R^c and sparsity of every layer on one batch: the paper's white-box curves.
 
-    Args:
-        model, images, epsilon: See `layer_measures`.
-
-    Returns:
-        "coding_rate" and "sparsity", unless omitted as in `layer_measures`, each [depth, 2]: mean and standard
-        deviation over the batch.
+    The results of `layer_measures` are reduced to [depth, 2]: mean and standard deviation over the batch.
     """
     return {
         name: torch.stack([values.mean(dim=0), values.std(dim=0, correction=0)], dim=1)

@@ -25,7 +25,7 @@ from crate_fast.errors import CommandParser, UserError, nearest, run_command
 RECIPES = Path(__file__).parent / "recipes"
 MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
 FORM = ("residual", "attention", "sparsifier", "odl_ratio", "odl_steps", "odl_tied", "odl_residual", "threshold")
-_SIZES = ("patch_size", "dim", "depth", "heads", "decoder_depth")
+SIZES = ("patch_size", "dim", "depth", "heads", "decoder_depth")
 DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "drop_path_rate")  # timm's names
 
 
@@ -422,24 +422,23 @@ def build_config(
     given = {name: value for name in texts if (value := getattr(options, name)) is not None}
     recipe = load_recipe(options.recipe)
     if "model" in given:  # the recipe's sizes belong to the recipe's model
-        recipe = {name: value for name, value in recipe.items() if name not in _SIZES}
+        recipe = {name: value for name, value in recipe.items() if name not in SIZES}
     config = TrainConfig(**adjust(_check_transforms(recipe, given), given))
     return config, options
 
 
 def train_command(
     name: str,
-    argv: list[str] | None,
     description: str,
     recipe: str,
     adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
-) -> int:
-    """Parse `argv` and train; return the exit status. A `UserError` is printed as one line.
+) -> Callable[..., int]:
+    """Return the `main` of a training command: `crate-fast` `name`, with a default recipe.
 
-    `name` is the subcommand of `crate-fast`, `recipe` the default recipe; `adjust` is that of `build_config`.
+    `adjust` is that of `build_config`.
     """
 
-    def train() -> int:
+    def train(argv: list[str] | None) -> int:
         config, options = build_config(argv, description, recipe, prog=f"crate-fast {name}", adjust=adjust)
         if options.output is None and options.resume:
             raise UserError("--resume needs the folder of the run to continue: pass --output FOLDER")
@@ -449,7 +448,11 @@ def train_command(
 
         return launch(config, options)
 
-    return run_command(train)
+    def main(argv: list[str] | None = None) -> int:
+        """Train with the options in `argv` or the command line; return the exit status, 2 after an error."""
+        return run_command(train, argv)
+
+    return main
 
 
 def dump_config(config) -> str:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from crate_fast import CRATEMAE
 from crate_fast.errors import UserError
 from crate_fast.kernels import assuming_gpu
-from crate_fast.train.config import FORM, TrainConfig
+from crate_fast.train.config import FORM, SIZES, TrainConfig
 from crate_fast.train.data import train_loader
 from crate_fast.train.data.image_files import find_images
 from crate_fast.train.data.shape_scenes import CLASSES
@@ -38,15 +38,11 @@ KNOWN_SIZES = {  # training images, classes
     "flowers102": (1_020, 102),
     "pets": (3_680, 37),
 }
-_SIZES = ("model", "image_size", "patch_size", "dim", "depth", "heads", "decoder_depth", "visible_only", "mask_ratio")
+_MEASURED = ("model", "image_size", *SIZES, "visible_only", "mask_ratio", *FORM)  # settings that decide the speed
 
 
 def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes: int | None) -> tuple[int, int, str]:
-    """Return the numbers of training images and of classes, and where they come from.
-
-    Raises:
-        UserError: A number is unknown, or the folder is not a data set.
-    """
+    """Return the numbers of training images and classes and their source; raise a UserError if one is unknown."""
     split = Path(config.data_dir) / config.train_split
     known = next((word for word in (config.dataset, *Path(recipe).stem.split("_")) if word in KNOWN_SIZES), None)
     found, source = KNOWN_SIZES.get(known, (None, None)), f"the known size of {known}"
@@ -68,17 +64,13 @@ def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes
 
 
 def read_throughput(folder: Path, config: TrainConfig) -> dict:
-    """Return the throughput that a finished run measured, with its conditions.
-
-    Raises:
-        UserError: The run has no throughput, or trained another model.
-    """
+    """Return the throughput that a finished run of the same model measured, with its conditions."""
     run = run_config(folder)
     try:
         rate = json.loads((folder / "summary.json").read_text())["throughput"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--throughput {folder} has no throughput in summary.json: pass a finished run") from error
-    pairs = [(name, getattr(run, name), getattr(config, name)) for name in (*_SIZES, *FORM)]
+    pairs = [(name, getattr(run, name), getattr(config, name)) for name in _MEASURED]
     differing = [f"{name} {before!r} measured, {now!r} planned" for name, before, now in pairs if before != now]
     if differing:
         raise UserError(f"--throughput {folder} has another model ({'; '.join(differing)}): pass a run of this model")
@@ -202,11 +194,7 @@ def _saved_bytes(model, config: TrainConfig, batch: int, num_classes: int, devic
 
 
 def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
-    """Return the plan that `crate-fast plan --json` writes; `options` are the options of that command.
-
-    Raises:
-        UserError: The run is impossible, or a number is unknown; the message names the option to pass.
-    """
+    """Return the plan that `crate-fast plan --json` writes; `options` are the options of that command."""
     gpus, hosts = options.gpus, options.hosts
     if gpus % hosts:
         raise UserError(f"--gpus {gpus} is not a multiple of --hosts {hosts}: change one of them")

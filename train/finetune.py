@@ -15,11 +15,7 @@ INHERITED = ("model", "patch_size", "dim", "depth", "heads", "mean", *FORM)
 
 
 def inheriting(values: dict, chosen: dict) -> dict:
-    """Merge settings: the command line (`chosen`) overrides the initial run, which overrides the recipe (`values`).
-
-    Raises:
-        UserError: `init` is missing.
-    """
+    """Merge settings: the command line (`chosen`) overrides the initial run, and that the recipe (`values`)."""
     from crate_fast.registry import MAE, MAE_ENCODER, is_mae  # imports torch: after command-line errors
     from crate_fast.train.runs import initial_run, run_config
 
@@ -36,10 +32,7 @@ def inheriting(values: dict, chosen: dict) -> dict:
     return values | {name: source[name] for name in INHERITED if name in source} | chosen
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse `argv` and fine-tune; return the exit status."""
-    return train_command("finetune", argv, "Fine-tuning of a CRATE (or a timm ViT).", "finetune_cifar10", inheriting)
-
+main = train_command("finetune", "Fine-tuning of a CRATE (or a timm ViT).", "finetune_cifar10", inheriting)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,16 +18,8 @@ def _frozen(values: dict, chosen: dict) -> dict:
     return settings
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse `argv` and train a linear probe; return the exit status."""
-    return train_command(
-        "linear_probe",
-        argv,
-        "Linear probe of a frozen CRATE (or a timm ViT), by MAE's protocol.",
-        "probe_in1k",
-        _frozen,
-    )
-
+_DESCRIPTION = "Linear probe of a frozen CRATE (or a timm ViT), by MAE's protocol."
+main = train_command("linear_probe", _DESCRIPTION, "probe_in1k", _frozen)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,11 +8,7 @@ import sys
 
 from crate_fast.train.config import train_command
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Parse `argv` and train; return the exit status."""
-    return train_command("pretrain", argv, "Supervised pre-training of CRATE (or a timm ViT).", "shape_scenes")
-
+main = train_command("pretrain", "Supervised pre-training of CRATE (or a timm ViT).", "shape_scenes")
 
 if __name__ == "__main__":
     sys.exit(main())

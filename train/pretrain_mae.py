@@ -23,12 +23,7 @@ def _autoencoder(values: dict, chosen: dict) -> dict:
     return settings
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse `argv` and train; return the exit status."""
-    return train_command(
-        "pretrain_mae", argv, "Masked autoencoding with CRATE-MAE.", "shape_scenes_mae", _autoencoder
-    )
-
+main = train_command("pretrain_mae", "Masked autoencoding with CRATE-MAE.", "shape_scenes_mae", _autoencoder)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import profile, schedule
 from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
@@ -51,11 +51,8 @@ def profiler(folder: Path, steps: int, left: int, processes: Processes):
         folder.mkdir(parents=True, exist_ok=True)
         finished.export_chrome_trace(str(folder / f"rank{processes.rank}.json"))
 
-    activities = [ProfilerActivity.CPU]
-    if processes.device.type == "cuda" and torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
     window = schedule(wait=_BEFORE_PROFILE - 2, warmup=2, active=steps, repeat=1)
-    return profile(activities=activities, schedule=window, on_trace_ready=write)
+    return profile(schedule=window, on_trace_ready=write)  # of all activities that PyTorch supports here
 
 
 # --- at each evaluation

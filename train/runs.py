@@ -17,7 +17,7 @@ from crate_fast.errors import UserError, nearest
 from crate_fast.mae import encoder_state_dict
 from crate_fast.registry import MAE, MAE_ENCODER, create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
-from crate_fast.train.config import DROP_RATES, FORM, TrainConfig, load_recipe
+from crate_fast.train.config import DROP_RATES, FORM, SIZES, TrainConfig, load_recipe
 from crate_fast.train.faults import poisoned
 from crate_fast.weight_files import split_entry
 
@@ -31,21 +31,20 @@ def model_arguments(config: TrainConfig, num_classes: int) -> dict:
     """Return the arguments of `registry.create_model` that the configuration sets, under timm's names."""
     arguments = {"img_size": config.image_size}
     arguments |= {name: getattr(config, name) for name in DROP_RATES if getattr(config, name)}
-    names = {"patch_size": "patch_size", "dim": "embed_dim", "depth": "depth", "heads": "num_heads"}
     if is_mae(config.model):
         if config.frozen:
             encoder = MAE_ENCODER + config.model.removeprefix(MAE)
             raise UserError(f"frozen=True: an autoencoder has no classifier; probe its encoder, --model {encoder}")
         arguments |= {"norm_pix_loss": config.norm_pix_loss, "visible_only": config.visible_only}
-        names |= {"decoder_depth": "decoder_depth"}
     else:
         unused = [name for name in _AUTOENCODER_SETTINGS if getattr(config, name) != getattr(TrainConfig, name)]
         if unused:
             raise UserError(f"{', '.join(unused)}: model={config.model!r} is not an autoencoder; leave them out")
         arguments["num_classes"] = num_classes
-    names |= {name: name for name in FORM}
-    chosen = {ours: getattr(config, name) for name, ours in names.items()}
-    return arguments | {name: value for name, value in chosen.items() if value is not None}
+    for name in (*SIZES, *FORM):
+        if getattr(config, name) is not None:
+            arguments[{"dim": "embed_dim", "heads": "num_heads"}.get(name, name)] = getattr(config, name)
+    return arguments
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:

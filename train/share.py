@@ -19,8 +19,8 @@ from timm.models import save_for_hf
 
 from crate_fast import CRATEMAE
 from crate_fast.checkpoints import resample_weights
-from crate_fast.errors import UserError, run_command
-from crate_fast.options import parse
+from crate_fast.errors import UserError
+from crate_fast.options import main_of
 from crate_fast.registry import create_model
 from crate_fast.train import checkpoint
 from crate_fast.train.config import TrainConfig
@@ -84,14 +84,7 @@ def write_model_folder(
     description: str | None = None,
     image_size: int | None = None,
 ) -> None:
-    """Write a run's best model with its card to `folder`.
-
-    Args:
-        scores: results.json of `crate-fast eval localization`, for the card.
-        license_name: License of the weights, by its name on the Hub.
-        half: Write the weights in half precision.
-        description: Short description of the model.
-        image_size: Side of the images in pixels; positions are interpolated to it. Default: the size of training.
+    """Write a run's best model with its card to `folder`; the arguments are the options of `crate-fast share`.
 
     Raises:
         UserError: `run` is not a run, timm cannot build its model (a CRATE-MAE, a linear probe), or `folder` already
@@ -153,6 +146,4 @@ def _command(options: argparse.Namespace) -> None:
             ) from error
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse `argv` and export a run; return the exit status."""
-    return run_command(lambda: _command(parse("share", argv)))
+main = main_of("share", _command)

@@ -87,7 +87,6 @@ class StepResult(NamedTuple):
     """Outcome of one optimiser step."""
 
     measures: dict[str, float]  # of the objective, averaged over the images of all processes
-    taken: bool  # True if the weights were updated
     stop: bool  # True if any process was asked to stop
 
 
@@ -95,9 +94,6 @@ class Trainer:
     """Training run on this process: model, EMA, optimiser, data and folder.
 
     Nothing is written to `folder` before `begin`. The run stops early when `interruption` has recorded a signal.
-
-    Raises:
-        UserError: The settings cannot be used here.
     """
 
     def __init__(
@@ -236,7 +232,7 @@ class Trainer:
         if taken and self.ema is not None:
             self.ema.update(self.model, step=self.step)
         self.seconds.append(time.perf_counter() - began)
-        return StepResult(measures, taken, bool(stop))
+        return StepResult(measures, bool(stop))
 
     # --- parts of a step
 

@@ -124,11 +124,7 @@ def _order(name: str) -> tuple[str, str, str]:
 
 
 def find_images(root: Path, follow_links: bool = True) -> ImageTree:
-    """Return the images below a folder, except in hidden files and folders.
-
-    Raises:
-        UserError: The folder, or one below it, cannot be listed.
-    """
+    """Return the images below a folder, except in hidden files and folders; raise a UserError if it is unreadable."""
 
     def refuse(error: OSError) -> None:  # os.walk would skip the folder silently
         raise UserError(f"{error.filename} cannot be listed ({error.strerror}): make it readable, or remove it")

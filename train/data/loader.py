@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
 
 class _Split(Dataset):
-    """Samples of a source by key, which seeds the transform."""
+    """Samples of a source by key, which seeds the transform; a `DataLoader` gets a batch for a list of keys."""
 
     def __init__(self, images: Dataset, config: TrainConfig, transform: Transform | None = None, hflip: float = 0.0):
         self.images, self.seed, self.size = images, config.seed, config.image_size
@@ -75,6 +75,9 @@ class _Split(Dataset):
         with drawing_from(self.seed, *seeds):
             picture, label = self.images[random.randrange(len(self)) if attempt else index]
             return self.transform(picture), label
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        return self.batch(keys)
 
     def flips(self, keys: Sequence[Key]) -> Tensor:
         if not self.hflip:
@@ -113,23 +116,10 @@ class _SceneSplit(_Split):
     def __getitem__(self, key: Key) -> tuple:
         return self.images[key[1]]
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[tuple]:
-        return self.images.__getitems__([key[1] for key in keys])
-
     def batch(self, keys: Sequence[Key]) -> Batch:
-        images, labels, *masks = zip(*self.__getitems__(keys), strict=True)
+        images, labels, *masks = zip(*self.images.__getitems__([key[1] for key in keys]), strict=True)
         masks = torch.stack(masks[0]) if masks else None
         return Batch(torch.stack(images), torch.tensor(labels), self.flips(keys), [], keys, masks)
-
-
-@dataclass(frozen=True)
-class _Batches(Dataset):
-    """Split for a `DataLoader`: a list of keys is a batch."""
-
-    split: _Split
-
-    def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        return self.split.batch(keys)
 
 
 @dataclass(frozen=True)
@@ -179,11 +169,8 @@ def build_splits(config: TrainConfig) -> DataSplits:
         return DataSplits(train, val, ShapeScenes.classes, masks)
     transform = train_transform(config)  # first, because listing the data may take minutes
     sources = open_source(config, train=True), open_source(config, train=False)
-    train, val = (
-        _Split(sources[0], config, transform, config.hflip),
-        _Split(sources[1], config, eval_transform(config)),
-    )
-    return DataSplits(train, val, common_classes(*sources), None)
+    train = _Split(sources[0], config, transform, config.hflip)
+    return DataSplits(train, _Split(sources[1], config, eval_transform(config)), common_classes(*sources), None)
 
 
 def plain_splits(config: TrainConfig) -> DataSplits:
@@ -260,7 +247,7 @@ def _loader(config: TrainConfig, data: Dataset, batches, persistent: bool = Fals
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(8, share) if on_gpu else 0
     return DataLoader(
-        _Batches(data),
+        data,
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=on_gpu,

@@ -520,13 +520,7 @@ class ShapeScenes(torch.utils.data.Dataset):
     classes: tuple[str, ...] = CLASSES
 
     def __init__(
-        self,
-        num_samples: int,
-        *,
-        image_size: int = 64,
-        seed: int = 0,
-        split: str = "train",
-        with_mask: bool = False,
+        self, num_samples: int, *, image_size: int = 64, seed: int = 0, split: str = "train", with_mask: bool = False
     ):
         self.num_samples = _checked("num_samples", num_samples, 1, 2**62)
         self.image_size = _checked("image_size", image_size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
