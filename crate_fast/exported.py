@@ -27,7 +27,11 @@ Exported = Callable[[Tensor], dict[str, Tensor]]
 def open_exported(path: str | Path) -> Exported:
     """Return a function that runs an exported file on the CPU: images [B, channels, height, width] → outputs by name.
 
-    `.onnx` files are run by onnxruntime, which must be installed, `.pt2` files by PyTorch.
+    Args:
+        path: A `.onnx` file, run by onnxruntime, or a `.pt2` file, run by PyTorch.
+
+    Raises:
+        UserError: The file has another suffix, or onnxruntime is missing.
     """
     path = Path(path)
     if path.suffix == ".pt2":

@@ -157,9 +157,19 @@ class MSSA(_Attention):
         bias = output.new_zeros(len(output)) if bias is None else bias
         if sign < 0:
             output, bias = -output, -bias
-        weights = (norm.weight, norm.bias, self.qkv.weight, output, bias)
-        options = {"eps": norm.eps, "residual": residual, "backend": self.backend}
-        return functional.compress(x, *weights, self.heads, self.scale, **options)
+        return functional.compress(
+            x,
+            norm.weight,
+            norm.bias,
+            self.qkv.weight,
+            output,
+            bias,
+            self.heads,
+            self.scale,
+            eps=norm.eps,
+            residual=residual,
+            backend=self.backend,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return MSSA(x) [B, N, C] of normalised x [B, N, C]."""
@@ -223,9 +233,17 @@ class ISTA(nn.Module):
 
     def after_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """Return ISTA(norm(x)) [..., C], computed by one operator (`functional.norm_ista`)."""
-        weights, constants = (norm.weight, norm.bias, self.weight), (self.step_size, self.lambd)
-        options = {"eps": norm.eps, "threshold": self.threshold, "backend": self.backend}
-        return functional.norm_ista(x, *weights, *constants, **options)
+        return functional.norm_ista(
+            x,
+            norm.weight,
+            norm.bias,
+            self.weight,
+            self.step_size,
+            self.lambd,
+            eps=norm.eps,
+            threshold=self.threshold,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
         """Return the step's constants, for `print(model)`."""
@@ -443,9 +461,15 @@ class Transformer(nn.Module):
         return len(self.layers)
 
     def forward(self, x: Tensor, taps: dict[int, Tensor] | None = None, last: int | None = None) -> Tensor:
-        """Run the layers up to the index `last`, None for all; return the tokens [B, N, C] after them.
+        """Run the layers.
 
-        The keys of `taps` are layer indices; its values are set to the outputs of these layers.
+        Args:
+            x: Tokens [B, N, C].
+            taps: Its keys are layer indices; its values are set to the outputs of these layers.
+            last: Index of the last layer to run; None for all layers.
+
+        Returns:
+            Tokens [B, N, C] after the last layer run.
         """
         if torch.jit.is_scripting():
             for layer in self.layers:

@@ -279,10 +279,14 @@ class CRATEMAE(nn.Module):
         return kept_patches(self.grid_size[0] * self.grid_size[1], mask_ratio)
 
     def reconstruction(self, imgs: Tensor, pred: Tensor) -> Tensor:
-        """Return the pixels that `forward` predicted for `imgs` as images [B, channels, height, width].
+        """Return the predicted pixels as images [B, channels, height, width].
 
         With `norm_pix_loss` the mean and deviation come from the true patches, as in the figures of the MAE paper,
         because a prediction does not contain them.
+
+        Args:
+            imgs: Images passed to `forward`.
+            pred: Predictions that `forward` returned.
         """
         pred = pred.to(imgs.dtype)
         if self.norm_pix_loss:
@@ -307,7 +311,10 @@ class CRATEMAE(nn.Module):
         return x
 
     def forward_encoder(self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mask and encode images; the arguments are those of `forward`.
+        """Mask and encode images.
+
+        Args:
+            imgs, mask_ratio, noise: See `forward`.
 
         Returns:
             (tokens, order). Tokens after the last LayerNorm, CLS first: [B, N + 1, C], or with `visible_only` only
@@ -338,7 +345,13 @@ class CRATEMAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(self._run(self.decoder_blocks, tokens)))[:, 1:]
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Return the mean squared error per pixel over the masked patches (mask 1), a scalar in fp32 or float64."""
+        """Return the mean squared error per pixel over the masked patches, a scalar in fp32 or float64.
+
+        Args:
+            imgs: [B, channels, height, width].
+            pred: [B, N, p·p·channels].
+            mask: [B, N], 1 where masked.
+        """
         target = self.patchify(imgs)
         target = at_least_float(target)
         if self.norm_pix_loss:
@@ -444,7 +457,9 @@ def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 def encoder_state_dict(state_dict: dict[str, Tensor], visible_only: bool = False) -> dict[str, Tensor]:
     """Return the encoder's weights in a CRATE-MAE state dict, under the names of a `CRATE` with `embed_norm=False`.
 
-    A model that was trained with `visible_only` has its positions in another table.
+    Args:
+        state_dict: State dict of a `CRATEMAE` or of a released model.
+        visible_only: True if the model was trained with `visible_only`: its positions are in another table.
 
     Raises:
         UserError: This is not the state dict of a CRATE-MAE; the message names a missing key.

@@ -71,7 +71,11 @@ def attention_layer(model: nn.Module) -> int:
 
 
 def layer_numbers(model: nn.Module, layers: Iterable[int]) -> list[int]:
-    """Convert layer indices, negative ones from the end, to ascending numbers; a missing layer is a UserError."""
+    """Convert layer indices, negative ones counted from the end, to ascending numbers from 0.
+
+    Raises:
+        UserError: There is no such layer.
+    """
     depth, found = len(model.transformer.layers), set()
     for index in layers:
         if not -depth <= index < depth:
@@ -82,16 +86,27 @@ def layer_numbers(model: nn.Module, layers: Iterable[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """Tensors that one layer computed for a batch."""
+    """Tensors that one layer computed for a batch.
 
-    index: int  # the layer, from 0
-    queries: Tensor  # [B, N, H, D]; with MSSA the subspace tokens
-    keys: Tensor  # [B, N, H, D]; with MSSA the same tensor
-    tied: bool  # True if query, key and value are one projection (MSSA)
-    scale: float  # s of the logits s·⟨query, key⟩
-    after_mssa: Tensor  # h [B, N, C], the tokens after compression and its residual, before LN₂
-    after_ista: Tensor  # output of the layer [B, N, C]: after ISTA, or after ODL or MLP and their residual
-    sparsifier: nn.Module  # second half of the layer: LayerNorm, then ISTA, ODL or MLP
+    Attributes:
+        index: The layer, from 0.
+        queries: [B, N, H, D]; with MSSA the subspace tokens.
+        keys: [B, N, H, D]; with MSSA the same tensor.
+        tied: True if query, key and value are one projection (MSSA).
+        scale: s of the logits s·⟨query, key⟩.
+        after_mssa: h [B, N, C], the tokens after compression and its residual, before LN₂.
+        after_ista: Output of the layer [B, N, C]: after ISTA, or after ODL or MLP and their residual.
+        sparsifier: Second half of the layer: LayerNorm, then ISTA, ODL or MLP.
+    """
+
+    index: int
+    queries: Tensor
+    keys: Tensor
+    tied: bool
+    scale: float
+    after_mssa: Tensor
+    after_ista: Tensor
+    sparsifier: nn.Module
 
     @property
     def subspace_tokens(self) -> Tensor:
@@ -181,8 +196,17 @@ def visit_layers(
 def trace(model: nn.Module, images: Tensor, layers: Iterable[int] | None = None) -> list[LayerTrace]:
     """Run `model` on `images` and return a trace of each chosen layer.
 
-    The arguments are those of `visit_layers`. A trace holds about (2 + H·D/C)·B·N·C numbers. The traces are
-    differentiable; wrap the call in `torch.no_grad()` if you need no gradients.
+    The traces are differentiable; wrap the call in `torch.no_grad()` if you need no gradients.
+
+    Args:
+        model, images: See `visit_layers`.
+        layers: Indices, negative ones from the end; None for all. A trace holds about (2 + H·D/C)·B·N·C numbers.
+
+    Returns:
+        One `LayerTrace` per chosen layer, in the order of the model.
+
+    Raises:
+        UserError: There is no such layer.
     """
     traces: list[LayerTrace] = []
     visit_layers(model, images, traces.append, layers)
@@ -231,7 +255,12 @@ def layer_measures(
 def layer_statistics(model: nn.Module, images: Tensor, epsilon: float = 0.01) -> dict[str, Tensor]:
     """Return R^c and sparsity of every layer on one batch: the paper's white-box curves.
 
-    The results of `layer_measures` are reduced to [depth, 2]: mean and standard deviation over the batch.
+    Args:
+        model, images, epsilon: See `layer_measures`.
+
+    Returns:
+        "coding_rate" and "sparsity", unless omitted as in `layer_measures`, each [depth, 2]: mean and standard
+        deviation over the batch.
     """
     return {
         name: torch.stack([values.mean(dim=0), values.std(dim=0, correction=0)], dim=1)
