@@ -7,6 +7,8 @@ import importlib
 import itertools
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -190,14 +192,12 @@ def test_right_kernels_are_well_below_the_limit_in_bfloat16(bfloat16, device):
 
 
 def test_a_launch_that_fails_is_an_error_with_a_remedy(monkeypatch, device):
-    def broken(launch):
-        raise ValueError("out of resource: shared memory,\nRequired: 300000")
-
-    monkeypatch.setattr(Launch, "run", broken)
+    error = ValueError("out of resource: shared memory,\nRequired: 300000")
+    monkeypatch.setattr(Launch, "run", mock.Mock(side_effect=error))
     message = "fold does not run: ValueError: out of resource: shared memory, Required: 300000 .*backend='torch'"
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=message) as raised:
         _call("folding.fold", _arguments("folding.fold", device))
-    assert isinstance(error.value.__cause__, ValueError)
+    assert raised.value.__cause__ is error
 
 
 def test_without_enough_memory_the_check_is_postponed(launches, monkeypatch, device):
@@ -216,31 +216,21 @@ def test_without_enough_memory_the_check_is_postponed(launches, monkeypatch, dev
 
 def test_the_check_is_off_by_choice_and_in_the_interpreter(launches, monkeypatch):
     launches.fault = ("fold", "folded_ptr", CHANGES["scaled"])
+    monkeypatch.setenv("CRATE_FAST_SELF_CHECK", "0")
     for total in (1, 2):
-        monkeypatch.setenv("CRATE_FAST_SELF_CHECK", "0")
-        if total == 2:
-            monkeypatch.delenv("CRATE_FAST_SELF_CHECK")
         _call("folding.fold", _arguments("folding.fold", "cpu"))
         assert len(launches) == total
+        monkeypatch.delenv("CRATE_FAST_SELF_CHECK", raising=False)
 
 
-@pytest.mark.parametrize(
-    ("change", "again"),
-    [
-        ({"rows": 56}, False),  # neither 1 nor a multiple of 16, as 40
-        ({"rows": 48}, True),
-        ({"rows": 1}, True),
-        ({"width": 32}, True),
-        ({"dtype": SINGLE}, True),
-        ({"dtype": SINGLE, "product": HALF}, True),
-        ({"norm": False}, True),
-    ],
-    ids=str,
-)
-def test_another_variant_of_a_kernel_is_checked(change, again, device):
-    for more in ({}, change):
-        _call("ista.forward", _arguments("ista.forward", device, **more))
-    assert len(self_check._right) == 1 + again
+def test_another_variant_of_a_kernel_is_checked(device):
+    variants = [{}, {"rows": 48}, {"rows": 1}, {"width": 32}, {"norm": False}]
+    variants += [{"dtype": SINGLE}, {"dtype": SINGLE, "product": HALF}]
+    for total, change in enumerate(variants, 1):
+        _call("ista.forward", _arguments("ista.forward", device, **change))
+        assert len(self_check._right) == total, change
+    _call("ista.forward", _arguments("ista.forward", device, rows=56))  # neither 1 nor a multiple of 16, as 40
+    assert len(self_check._right) == len(variants)
 
 
 def test_another_alignment_or_stride_is_another_variant(launches, device):
@@ -265,16 +255,13 @@ def test_several_threads_check_a_kernel_once(monkeypatch):
     def fold(*arguments):
         assert len(checks) == 1  # no launch precedes the check
 
-    def launch():
+    def launch(_):
         barrier.wait()
         checked(fold, *_arguments("folding.fold", "cpu"))
 
     monkeypatch.setattr(self_check, "_is_right", slow)
-    threads = [threading.Thread(target=launch) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(launch, range(4)))
     assert len(checks) == 1
 
 
@@ -325,42 +312,35 @@ def test_the_check_has_a_small_problem_with_the_launchs_binary(name, rows, monke
         assert results[0] == results[1] != []
 
 
-def _operators(device) -> dict:
-    """Return each registered operator with arguments."""
+def test_every_launch_of_an_operator_is_checked(launches, monkeypatch, device):
     x, low, folded, *_, norm, _ = _arguments("ista.forward", device, SINGLE, product=HALF)
-    w = _arguments("attention.forward", device)[0]
-    square, sign, channel, wanted = x.new_zeros(64, 64), torch.ones_like(x, dtype=torch.int8), norm.gamma, [True] * 6
+    w, (mean, rstd, channel, _) = _arguments("attention.forward", device)[0], vars(norm).values()
+    square, wanted, channels = torch.eye(64, device=device), [True] * 6, (channel, channel)
     heads, lse = low.view(1, 40, 2, 32), torch.zeros(1, 2, 40, device=device)
-    mean, rstd = norm.mean, norm.rstd
-    weights = (channel, channel, square + torch.eye(64, device=device), square)
-    forward = (x[None], *weights, channel, 2, 0.2, 1e-5, HALF)
-    backward, more = (x[None], *weights, low, rstd, heads, heads, lse), (SINGLE, SINGLE, wanted)
-    kept = (x, sign, x, mean, rstd, channel, channel, square, folded, 0.1, 1e-5, SINGLE)
-    return {
-        "attention_fwd": (triton_ops.subspace_attention_fwd, (w, 0.2)),
-        "attention_bwd": (triton_ops.subspace_attention_bwd, (w, w, w, torch.zeros(3, 2, 40, device=device), 0.2)),
-        "fold": (triton_ops.fold, (square, 0.1, HALF)),
-        "ista_fwd": (triton_ops.ista_fwd, (x, channel, channel, square, folded, 0.1, 0.1, 1e-5, False, True)),
-        "ista_bwd": (triton_ops.ista_bwd, (*kept, [True] * 4)),
-        "compression_fwd": (triton_ops.compression_fwd, (*forward, False)),
-        "compression_fwd, paper": (triton_ops.compression_fwd, (*forward, True)),
-        "compression_bwd": (triton_ops.compression_bwd, (*backward, None, None, 0.2, False, *more)),
-        "compression_bwd, paper": (triton_ops.compression_bwd, (*backward, x[None], mean, 0.2, True, *more)),
-    }
-
-
-@pytest.mark.parametrize("name", _operators("cpu"))
-def test_every_launch_of_an_operator_is_checked(name, launches, monkeypatch, device):
-    operator, arguments = _operators(device)[name]
-    names = []
-    for wanted in ("0", "1"):
-        launches.clear()
-        monkeypatch.setenv("CRATE_FAST_SELF_CHECK", wanted)
-        operator(*arguments)
-        names.append([launch.kernel.__name__ for launch in launches])
-    alone, again = names
-    assert set(again) == set(alone)
-    assert len(again) == 2 * len(alone)
+    forward = (x[None], *channels, square, square, channel, 2, 0.2, 1e-5, HALF)
+    backward = (x[None], *channels, square, square, low, rstd, heads, heads, lse)
+    kept = (x, torch.ones_like(x, dtype=torch.int8), x, mean, rstd, *channels, square, folded, 0.1, 1e-5, SINGLE)
+    for operator, *arguments in (
+        (triton_ops.subspace_attention_fwd, w, 0.2),
+        (triton_ops.subspace_attention_bwd, w, w, w, torch.zeros(3, 2, 40, device=device), 0.2),
+        (triton_ops.fold, square, 0.1, HALF),
+        (triton_ops.ista_fwd, x, *channels, square, folded, 0.1, 0.1, 1e-5, False, True),
+        (triton_ops.ista_bwd, *kept, [True] * 4),
+        (triton_ops.compression_fwd, *forward, False),
+        (triton_ops.compression_fwd, *forward, True),
+        (triton_ops.compression_bwd, *backward, None, None, 0.2, False, SINGLE, SINGLE, wanted),
+        (triton_ops.compression_bwd, *backward, x[None], mean, 0.2, True, SINGLE, SINGLE, wanted),
+    ):
+        self_check._right.clear()
+        names = []
+        for choice in ("0", "1"):
+            launches.clear()
+            monkeypatch.setenv("CRATE_FAST_SELF_CHECK", choice)
+            operator(*arguments)
+            names.append([launch.kernel.__name__ for launch in launches])
+        alone, again = names
+        assert set(again) == set(alone) != set(), operator
+        assert len(again) == 2 * len(alone), operator
 
 
 @pytest.mark.gpu
