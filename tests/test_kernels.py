@@ -306,49 +306,46 @@ def test_mutants_of_whole_heads_fail(name, device, tmp_path, poisoned):
 SIZES = [((1, 32), "relu"), ((15, 48), "soft"), ((197, 96), "relu"), ((197, 96), "soft"), ((130, 33), "relu")]  # M, C
 
 
-def _inputs(size, dtype, device) -> list[Tensor]:
-    """x, γ, β and D."""
+def _inputs(size, dtype, device, norm: bool = True) -> list[Tensor]:
+    """x, γ, β and D, or x and D."""
     rows, width = size
     x, dictionary = torch.randn(rows, width) * 2 + 1, torch.randn(width, width) / width**0.5
     gamma, beta = 1 + 0.3 * torch.randn(width), 0.3 * torch.randn(width)
-    return [t.to(dtype).to(device) for t in (x, gamma, beta, dictionary)]
+    return [t.to(dtype).to(device) for t in ((x, gamma, beta, dictionary) if norm else (x, dictionary))]
 
 
-def _results(inputs: list[Tensor], with_norm: bool, grad: Tensor, ours: bool = True, **options) -> list[Tensor]:
-    """Return y and the gradients of x, (γ, β) and D, from the kernels or from the reference."""
-    functions = (functional.ista, functional.norm_ista) if ours else (ista_reference, norm_ista_reference)
+def _results(inputs: list[Tensor], grad: Tensor, ours: bool = True, **options) -> list[Tensor]:
+    """Return y and the gradients of the inputs, from the kernels or from the reference."""
+    functions = (ista_reference, functional.ista) if len(inputs) == 2 else (norm_ista_reference, functional.norm_ista)
     options |= {"backend": "triton"} if ours else {}
-    return gradients(partial(functions[with_norm], **options), inputs if with_norm else inputs[::3], grad)
+    return gradients(partial(functions[ours], **options), inputs, grad)
 
 
-def _ista_is_right(
-    inputs, threshold: str = "relu", with_norm=False, autocast=False, grad: Tensor | None = None
-) -> bool:
+def _ista_is_right(inputs: list[Tensor], threshold="relu", autocast=False, grad: Tensor | None = None) -> bool:
     """Return True if the results are right. Under autocast, eager has float16 products and fp32 for the rest."""
-    x, gamma, beta, dictionary = (tensor.double() for tensor in inputs)
+    x, *norm, dictionary = wide = [tensor.double() for tensor in inputs]
     if grad is None:  # zero where rounding decides whether ISTA's output is zero
-        tokens = F.layer_norm(x, x.shape[-1:], gamma, beta) if with_norm else x
-        margin = 16 * torch.finfo(torch.float16 if autocast else inputs[0].dtype).eps
+        tokens = F.layer_norm(x, x.shape[-1:], *norm) if norm else x
+        margin = 16 * torch.finfo(HALF if autocast else inputs[0].dtype).eps
         grad = torch.randn(x.shape, device=x.device).to(inputs[0].dtype)
         grad = clear_of_threshold(grad, tokens, dictionary, margin=margin)
-    options = {"with_norm": with_norm, "threshold": threshold}
-    truth = _results([x, gamma, beta, dictionary], grad=grad.double(), ours=False, **options)
-    with torch.autocast(x.device.type, torch.float16, enabled=autocast):
-        actual, eager = (_results(inputs, grad=grad, ours=ours, **options) for ours in (True, False))
+    truth = _results(wide, grad.double(), ours=False, threshold=threshold)
+    with torch.autocast(x.device.type, HALF, enabled=autocast):
+        actual, eager = (_results(inputs, grad, ours, threshold=threshold) for ours in (True, False))
     judge = all_within_twice_eager if autocast else is_right
-    return judge(actual, eager, truth, "y dx dγ dβ dD" if with_norm else "y dx dD")
+    return judge(actual, eager, truth, "y dx dγ dβ dD" if norm else "y dx dD")
 
 
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
 @pytest.mark.parametrize(("size", "threshold"), SIZES, ids=str)
 def test_ista_agrees_with_the_reference(size, dtype, threshold, with_norm, device, poisoned):
-    assert _ista_is_right(_inputs(size, dtype, device), threshold, with_norm)
+    assert _ista_is_right(_inputs(size, dtype, device, with_norm), threshold)
 
 
 def test_norm_ista_under_autocast_agrees_with_the_reference(device, poisoned):
     for size, threshold in (((70, 48), "soft"), ((197, 96), "relu")):
-        assert _ista_is_right(_inputs(size, SINGLE, device), threshold, with_norm=True, autocast=True)
+        assert _ista_is_right(_inputs(size, SINGLE, device), threshold, autocast=True)
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -369,30 +366,30 @@ def test_every_product_tile_of_the_table_is_right(blocks, persistent, device, po
     """Three ragged rows of tiles and two columns, or one column of a wide tile; persistent tiles have a LayerNorm."""
     _use_tile(Tile(*blocks[:2], num_warps=8, num_stages=1, block_k=blocks[2], persistent=persistent), monkeypatch)
     size = (2 * blocks[0] + 5, min(192, 3 * blocks[1] // 2))
-    assert _ista_is_right(_inputs(size, HALF, device), with_norm=persistent)
+    assert _ista_is_right(_inputs(size, HALF, device, norm=persistent))
 
 
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
 def test_strided_and_expanded_matrices_give_right_results(with_norm, device, poisoned):
-    x, gamma, beta, dictionary = _inputs((64, 96), SINGLE, device)
-    strided = [x.t().contiguous().t(), gamma, beta, dictionary.t().contiguous().t()]
-    assert _ista_is_right(strided, with_norm=with_norm, grad=torch.randn(1, 96, device=device).expand(64, -1))
+    inputs = _inputs((64, 96), SINGLE, device, with_norm)
+    strided = [tensor.t().contiguous().t() for tensor in inputs]
+    assert _ista_is_right(strided, grad=torch.randn(1, 96, device=device).expand(64, -1))
 
 
 def test_layer_norm_of_large_offsets_and_with_more_rows_than_programs_is_right(device, monkeypatch, poisoned):
     for offset in (10.0, 1000.0):
         x, *rest = _inputs((64, 96), SINGLE, device)
-        assert _ista_is_right([x + offset, *rest], with_norm=True)
+        assert _ista_is_right([x + offset, *rest])
     monkeypatch.setattr(layer_norm, "MAX_PROGRAMS", 2)
-    assert _ista_is_right(_inputs((197, 96), SINGLE, device), with_norm=True)
+    assert _ista_is_right(_inputs((197, 96), SINGLE, device))
 
 
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
 def test_a_nan_row_is_not_hidden_and_results_of_constant_rows_are_finite(with_norm, device):
-    x, *rest = _inputs((64, 96), SINGLE, device)
-    assert all(result.isfinite().all() for result in _results([x * 0 + 3, *rest], with_norm, torch.randn_like(x)))
+    x, *rest = _inputs((64, 96), SINGLE, device, with_norm)
+    assert all(result.isfinite().all() for result in _results([x * 0 + 3, *rest], torch.randn_like(x)))
     x[5, 0] = torch.nan
-    y, grad_x, *_, grad_dictionary = _results([x, *rest], with_norm, torch.randn_like(x))
+    y, grad_x, *_, grad_dictionary = _results([x, *rest], torch.randn_like(x))
     assert y[5].isnan().all()
     assert y[4].isfinite().all()
     assert grad_dictionary.isnan().any()
@@ -444,7 +441,7 @@ def test_mutants_of_ista_fail(name, device, tmp_path, monkeypatch, poisoned):
     _use_tile(Tile(64, 128, 4, 1, 32, persistent=True), monkeypatch)
     autocast = "fp32" in name
     inputs = _inputs((300, 96), SINGLE if module is layer_norm or autocast else HALF, device)
-    assert not _ista_is_right(inputs, with_norm=True, autocast=autocast)
+    assert not _ista_is_right(inputs, autocast=autocast)
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
