@@ -72,8 +72,7 @@ def test_opcheck_of_ista(with_norm, device):
         with torch.no_grad():
             y, nonzero, normed, mean, rstd = triton_ops.ista_fwd(*arguments)
         assert nonzero.numel() == (y.numel() if keep else 0)
-    x, weight, bias, dictionary = (t.detach() for t in (x, weight, bias, dictionary))
-    norm = (weight, bias) if with_norm else (None, None)
+    x, dictionary, *norm = (None if t is None else t.detach() for t in (x, dictionary, *norm))
     kept = [(normed, None, folded), (x, mean, folded.half())] if with_norm else [(x, None, folded)]
     for rows, means, matrix in kept:
         for wanted in ([True] * 4, [True, *[False] * 3], [False] * 3 + [True]):
@@ -100,11 +99,9 @@ def test_an_empty_batch_has_zero_gradients(device):
 
 
 def test_a_layer_norm_that_cannot_be_fused_is_called(device):
-    layer = _model(device).transformer.layers[0][1]
-    x = torch.randn(2, 5, SIZES["dim"], device=device)
+    layer, x = _model(device).transformer.layers[0][1], torch.randn(2, 5, SIZES["dim"], device=device)
     expected = layer(x)
-    calls = []
-    plain = layer.norm.forward
+    calls, plain = [], layer.norm.forward
     layer.norm.forward = lambda tokens: calls.append(1) or plain(tokens)  # as offloading libraries do
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     assert calls == [1]
@@ -141,11 +138,10 @@ def test_autocast_runs_the_kernels_in_half_precision(device):
         assert tensor.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"threshold": "soft"}, {"residual": "paper"}, {"attention": "mhsa"}, {"sparsifier": "mlp"}],
-    ids=str,
-)
+OPTIONS = [{}, {"threshold": "soft"}, {"residual": "paper"}, {"attention": "mhsa"}, {"sparsifier": "mlp"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_model_on_kernels_agrees_with_pytorch(options, device):
     models = [_model(device, backend, **options, depth=1) for backend in ("triton", "torch")]
     images = torch.randn(1, 3, 16, 16, device=device)
@@ -168,8 +164,7 @@ def test_the_compiled_model_agrees_with_eager(autocast, device):
 
 
 def test_checkpointing_gives_the_same_bits(device):
-    model = _model(device).train()
-    images = torch.randn(1, 3, 16, 16, device=device)
+    model, images = _model(device).train(), torch.randn(1, 3, 16, 16, device=device)
     plain = model_gradients(model, images)
     model.set_grad_checkpointing()
     torch.testing.assert_close(model_gradients(model, images), plain, rtol=0, atol=0)
@@ -233,17 +228,6 @@ def test_a_dictionary_is_folded_once_per_scope(device, folds):
     assert len(folds) == 2 * SIZES["depth"]  # nothing is kept after the scope
 
 
-def test_scopes_can_be_nested_and_work_with_the_torch_backend(folds):
-    model = _model("cpu", "torch").eval()
-    images = torch.randn(8, 3, 16, 16)
-    with torch.no_grad(), cached_dictionaries():
-        expected = model(images)
-        with cached_dictionaries():
-            assert torch.equal(model(images), expected)
-        assert torch.equal(model(images), expected)
-    assert len(folds) == SIZES["depth"]
-
-
 def test_a_change_inside_the_scope_is_an_error(device):
     """FSDP2 writes a new shard without changing the version of the whole parameter."""
     x, dictionary = _ista_parameter(device)
@@ -273,25 +257,23 @@ def test_training_can_use_a_fold_made_in_inference_mode(device, folds):
     assert torch.equal(out, expected)
 
 
-def test_temporary_dictionaries_are_not_cached(device, folds):
-    x, dictionary = _ista_parameter(device)
-    with cached_dictionaries(), torch.no_grad():
-        for _ in range(3):
-            ista(x, dictionary * 1.0, backend="triton")
-        assert not functional._cache.entries
-    assert len(folds) == 3
-
-
-def test_overlapping_scopes_of_two_threads_leave_nothing_cached(device, folds):
-    """Enter A, enter B, leave A, leave B."""
-    first, second = cached_dictionaries(), cached_dictionaries()
-    first.__enter__()
-    thread = threading.Thread(target=second.__enter__)
-    thread.start()
-    thread.join()
-    first.__exit__(None, None, None)
+def test_scopes_can_be_nested_and_overlap_in_two_threads_with_the_torch_backend(folds):
+    """Two threads enter A, enter B, leave A, leave B."""
+    model, images = _model("cpu", "torch").eval(), torch.randn(8, 3, 16, 16)
     with torch.no_grad():
-        _model("cpu", "torch").eval()(torch.randn(8, 3, 16, 16))
+        with cached_dictionaries():
+            expected = model(images)
+            with cached_dictionaries():
+                assert torch.equal(model(images), expected)
+            assert torch.equal(model(images), expected)
+        assert len(folds) == SIZES["depth"]
+        first, second = cached_dictionaries(), cached_dictionaries()
+        first.__enter__()
+        thread = threading.Thread(target=second.__enter__)
+        thread.start()
+        thread.join()
+        first.__exit__(None, None, None)
+        model(images)
         assert functional._cache.entries
     second.__exit__(None, None, None)
     assert not functional._cache.entries
@@ -336,13 +318,17 @@ def test_inference_folds_a_dictionary_once_and_frees_it(folds):
     assert len(functional._kept_folds) == kept
 
 
-def test_the_kernels_do_not_use_the_folds_kept_for_inference(device, folds):
+def test_the_kernels_keep_no_fold_of_a_temporary_dictionary_nor_for_inference(device, folds):
     x, dictionary = _ista_parameter(device)
     with torch.no_grad():
         for _ in range(2):
             ista(x, dictionary, backend="triton")
-    assert len(folds) == 2
-    assert dictionary not in functional._kept_folds
+        assert dictionary not in functional._kept_folds
+        with cached_dictionaries():
+            for _ in range(3):
+                ista(x, dictionary * 1.0, backend="triton")
+            assert not functional._cache.entries
+    assert len(folds) == 5
 
 
 def test_fp32_runs_on_the_kernels_if_tf32_is_allowed():
