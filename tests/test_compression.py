@@ -97,22 +97,22 @@ def test_transposed_tokens_give_the_same_bits(residual, device):
     assert all(map(torch.equal, *found))
 
 
-def test_the_variable_chooses_the_fused_output_map(fused_map, device, monkeypatch):
-    calls = _count(monkeypatch, "product", product)
-    _ours(*_inputs(device, HALF))
-    assert len(calls) == fused_map
-
-
-def test_the_tile_table_chooses_the_output_map(device, monkeypatch):
+def test_the_variable_or_else_the_tile_table_chooses_the_output_map(device, monkeypatch):
+    monkeypatch.setenv("CRATE_FAST_SELF_CHECK", "0")  # it knows kernels by name
     monkeypatch.delenv("CRATE_FAST_FUSED_PRODUCTS", raising=False)
-    x, weight = torch.zeros(4, 48, device=device), torch.zeros(48, 64, dtype=torch.float16, device=device)
-    key = ("output_map", "half", architecture(x.device))
-    assert triton_ops._output_tile(x, weight) == product.fitted_product(TABLE[key], 48)
-    monkeypatch.setitem(TABLE, key, replace(TABLE[key], chosen=False))
-    assert triton_ops._output_tile(x, weight) is None
+    used, plain = [], product.product
+    monkeypatch.setattr(product, "product", lambda *a, **k: used.append(a[3]) or plain(*a, **k))
+    inputs, key = _inputs(device, HALF), ("output_map", "half", architecture(device))
+    for variable, chosen, fused in ((None, True, True), (None, False, False), ("1", False, True), ("0", True, False)):
+        monkeypatch.setitem(TABLE, key, replace(TABLE[key], chosen=chosen))
+        if variable is not None:
+            monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", variable)
+        used.clear()
+        _ours(*inputs)
+        assert used == [product.fitted_product(TABLE[key], 48)] * fused
     monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", "1")
-    assert triton_ops._output_tile(x, weight) is not None
-    assert triton_ops._output_tile(x, weight.float()) is None  # fp32 has no row
+    _ours(*_inputs(device))
+    assert used == []  # fp32 has no row
 
 
 WANTED = {False: [[True] * 6, [*[False] * 3, True, False, True]]}
@@ -145,9 +145,9 @@ def test_only_requested_gradients_are_computed(device, monkeypatch):
 MODEL = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 48, "depth": 2, "heads": 3, "dim_head": 16}
 
 
-def _count(monkeypatch, name: str, module=functional) -> list:
-    calls, plain = [], getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *a, **k: calls.append(1) or plain(*a, **k))
+def _count(monkeypatch, name: str) -> list:
+    calls, plain = [], getattr(functional, name)
+    monkeypatch.setattr(functional, name, lambda *a, **k: calls.append(1) or plain(*a, **k))
     return calls
 
 
@@ -197,19 +197,15 @@ def test_a_layers_halves_are_fused_unless_a_module_has_a_hook(device, monkeypatc
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("options", "training", "evaluation"),
-    [
-        ({}, 2, 2),
-        ({"residual": "paper"}, 2, 2),
-        ({"attention": "mhsa"}, 0, 0),
-        ({"sparsifier": "mlp"}, 2, 2),
-        ({"proj_drop_rate": 0.1}, 0, 2),
-        ({"drop_path_rate": 0.5}, 1, 2),  # the first layer's rate is 0
-        ({"heads": 1, "dim_head": 48}, 0, 0),  # no output map
-    ],
-    ids=str,
-)
+FUSED = [  # options, fused layers in training and in evaluation
+    *((options, 2, 2) for options in ({}, {"residual": "paper"}, {"sparsifier": "mlp"})),
+    *((options, 0, 0) for options in ({"attention": "mhsa"}, {"heads": 1, "dim_head": 48})),  # no output map
+    ({"proj_drop_rate": 0.1}, 0, 2),
+    ({"drop_path_rate": 0.5}, 1, 2),  # the first layer's rate is 0
+]
+
+
+@pytest.mark.parametrize(("options", "training", "evaluation"), FUSED, ids=str)
 def test_which_layers_are_fused(options, training, evaluation, device, monkeypatch):
     found = _count(monkeypatch, "compress")
     model, images = CRATE(**(MODEL | options), backend="triton").to(device), torch.randn(1, 3, 16, 16, device=device)
