@@ -141,7 +141,6 @@ def _clear_gradient(x, dictionary, precision: str) -> torch.Tensor:
     ],
 )
 def test_ista_is_within_twice_eagers_error(width, precision, threshold, norm, device):
-    """With `norm`, of a LayerNorm of the tokens."""
     with _precision(precision) as dtype:
         shapes = (_size(4, 1), 197, width), (width,), (width,), (width, width)
         inputs = _normal(shapes, (1 + norm, 0.3, 0.3, width**-0.5), (norm, 1, 0, 0), dtype, device)
@@ -183,7 +182,6 @@ def test_a_layer_under_autocast_is_within_twice_eagers_error(device):
 
 
 def test_ista_under_autocast_is_within_twice_eagers_error(device):
-    """fp32 tokens and dictionary, bf16 product: at most twice the error of eager's three bf16 products."""
     width = _size(768, 192)
     x = torch.randn(_size(4, 1), 197, width, device=device)
     dictionary = torch.randn(width, width, device=device) / width**0.5

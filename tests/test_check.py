@@ -116,8 +116,7 @@ def test_a_hanging_probe_is_a_failed_row():
 
 
 def test_the_command_reports_right_wrong_and_crashed_probes(tmp_path, capsys):
-    file = tmp_path / "check.json"
-    names = ["ista-autocast-64x197x384", "fault:wrong", "fault:crash"]
+    file, names = tmp_path / "check.json", ["ista-autocast-64x197x384", "fault:wrong", "fault:crash"]
     with forked_python(isolation, fresh="fault:wrong"):
         assert cli.main(["check", "--interpreter", "--json", str(file), "--probes", *names]) == 1
     report = json.loads(file.read_text())

@@ -1,7 +1,4 @@
-"""The first half of a layer on kernels: the output map, LayerNorm, autograd, layers, hooks.
-
-On a GPU, or on the CPU through Triton's interpreter, where half precision means float16.
-"""
+"""The first half of a layer on kernels: the output map, LayerNorm, autograd, layers, hooks."""
 
 from dataclasses import replace
 from functools import partial
@@ -25,7 +22,6 @@ both_residuals = pytest.mark.parametrize("residual", ["released", "paper"])
 
 
 def test_the_output_map_of_half_precision_tokens_adds_up_in_fp32(device, poisoned):
-    """x + tokens·outputᵀ + b as under autocast: fp16 operands, the rest in fp32."""
     tokens, output = torch.randn(197, 80, device=device).half(), torch.randn(96, 80, device=device).half()
     x, bias = torch.randn(197, 96, device=device), torch.randn(96, device=device)
     h = product.product(tokens, output, x, Tile(32, 128, 4, 1, 32, persistent=True), bias=bias)

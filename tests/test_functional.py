@@ -103,7 +103,6 @@ with_either_library = pytest.mark.usefixtures("either_library")
 
 
 def _check_attention(candidate, shape, dtype=FLOAT32, scale=None) -> bool:
-    """Return True if `candidate` and its gradient are as close to float64 as eager PyTorch in the same dtype."""
     w, grad = tokens_and_gradient(shape, dtype, "cpu")
     return agrees(candidate, lambda t: subspace_attention_reference(t, scale), [w], "O dW", grad)
 
@@ -378,9 +377,8 @@ def test_bad_input_is_an_error(call, error, message):
 
 @with_either_library
 @pytest.mark.parametrize("threshold", ["relu", "soft"])
-@pytest.mark.parametrize("n_tokens", [4, 300])
+@pytest.mark.parametrize("n_tokens", [4, 300])  # the number chooses the form of ISTA
 def test_a_nan_is_not_hidden(n_tokens, threshold):
-    """Both forms of ISTA, which the number of tokens chooses."""
     x = torch.randn(n_tokens, 64)
     x[1, 0] = math.nan
     y = ista(x, torch.randn(64, 64) / 8, threshold=threshold)

@@ -1,7 +1,4 @@
-"""The kernels inside PyTorch: dispatch, autograd, autocast, compile, checkpointing, several processes, errors.
-
-On a GPU, or on the CPU through Triton's interpreter, where half precision means float16.
-"""
+"""The kernels inside PyTorch: dispatch, autograd, autocast, compile, checkpointing, several processes, errors."""
 
 import gc
 import os
@@ -110,7 +107,6 @@ def test_a_layer_norm_that_cannot_be_fused_is_called(device):
 
 
 def test_dropout_runs_in_pytorch(device):
-    """The kernels have no dropout: "auto" uses PyTorch's attention, and "triton" is an error."""
     w = torch.randn(1, 33, 2, 16, device=device)
     heads = w.transpose(1, 2)
     torch.manual_seed(3)
@@ -205,7 +201,6 @@ def test_ddp_and_fsdp_have_the_gradients_of_one_process():
 
 @pytest.fixture
 def folds(monkeypatch) -> list:
-    """A list with one entry per folded dictionary."""
     calls = []
     for module, name in ((functional, "fold_dictionary"), (triton_ops, "fold")):
         plain = getattr(module, name)

@@ -1,8 +1,4 @@
-"""On a GPU: what runs there, compile, CUDA graphs, agreement with the CPU, training beside the eager released form.
-
-The operators in each precision are tested in test_bfloat16.py. `benchmarks/gpu_check.sh` runs all tests with the
-marker `gpu` and then the benchmarks.
-"""
+"""On a GPU: what runs there, compile, CUDA graphs, agreement with the CPU, training beside the released form."""
 
 import copy
 import itertools

@@ -28,7 +28,6 @@ PRODUCT_TILES = sorted({(t.block_m, t.block_n, t.block_k) for t in TABLE.values(
 
 
 def by_rows(w: Tensor, grad: Tensor, scale: float | None = None, module=attention, tile: Tile | None = None) -> list:
-    """O and dW by blocks of rows."""
     scale = w.shape[-1] ** -0.5 if scale is None else scale
     size = (w.device, precision(w.dtype), attention.block_d(w))
     out, lse = module.forward(w, scale, tile or lookup("attention_forward", *size))
@@ -36,7 +35,6 @@ def by_rows(w: Tensor, grad: Tensor, scale: float | None = None, module=attentio
 
 
 def whole_heads(w: Tensor, grad: Tensor, scale: float | None = None, module=whole_head) -> list:
-    """O and dW by whole heads."""
     scale = w.shape[-1] ** -0.5 if scale is None else scale
     w, grad = attention.addressable(w), grad.contiguous()
     out, dw = (torch.full(w.shape, torch.nan, dtype=w.dtype, device=w.device) for _ in range(2))
@@ -315,7 +313,6 @@ def _inputs(size, dtype, device, norm: bool = True) -> list[Tensor]:
 
 
 def _results(inputs: list[Tensor], grad: Tensor, ours: bool = True, **options) -> list[Tensor]:
-    """Return y and the gradients of the inputs, from the kernels or from the reference."""
     functions = (ista_reference, functional.ista) if len(inputs) == 2 else (norm_ista_reference, functional.norm_ista)
     options |= {"backend": "triton"} if ours else {}
     return gradients(partial(functions[ours], **options), inputs, grad)
@@ -460,7 +457,6 @@ def test_a_folded_dictionary_and_its_gradient_are_right(width, dtype, device, po
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 100), (192, 33)], ids=str)
 def test_a_layer_norm_folded_into_a_weight_is_right(size, device, poisoned):
-    """For any strides; the gradients equal autograd's."""
     weight, gamma, beta = (torch.randn(s, device=device, requires_grad=True) for s in (size, size[1:], size[1:]))
     base, *grads = (torch.randn(shape, device=device) for shape in (size[:1], size, size[:1]))
     expected = [weight * gamma, weight @ beta]

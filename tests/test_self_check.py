@@ -1,7 +1,4 @@
-"""The check at the first launch of a kernel variant: wrong kernels are errors, right ones are checked once.
-
-Kernels run in Triton's interpreter; faults change the output of a launch.
-"""
+"""The check at the first launch of a kernel variant: wrong kernels are errors, right ones are checked once."""
 
 import importlib
 import itertools
