@@ -16,16 +16,11 @@ from runs import losses
 from torch._inductor.compile_fx import compile_fx
 
 from crate_fast import CRATE, CRATEMAE
-from crate_fast.backends import explain_backend
 from crate_fast.functional import subspace_attention
 from crate_fast.train import pretrain, pretrain_mae
 
 pytestmark = pytest.mark.gpu
 NETWORK = {"image_size": 32, "patch_size": 4, "num_classes": 10, "dim": 96, "depth": 3, "heads": 3, "dim_head": 32}
-
-
-def test_a_gpu_runs_the_kernels():
-    assert explain_backend("cuda")[0] == "triton"
 
 
 def test_tensors_may_have_more_than_2_to_the_31_elements():
