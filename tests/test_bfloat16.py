@@ -3,7 +3,6 @@
 A GPU also runs the other precisions. The allowed error is twice that of eager PyTorch in the same dtype.
 """
 
-import contextlib
 import itertools
 from functools import partial
 
@@ -17,6 +16,7 @@ from crate_fast import CRATE, functional
 from crate_fast.accuracy import clear_of_threshold
 from crate_fast.kernels import whole_head
 from crate_fast.kernels.launch import Tile
+from crate_fast.probes import _precision
 from crate_fast.reference import compress_reference, ista_reference, norm_ista_reference, subspace_attention_reference
 
 ON_GPU = torch.cuda.is_available()
@@ -34,17 +34,6 @@ compress, ista, norm_ista, subspace_attention = (
     partial(getattr(functional, name), backend="triton")
     for name in ("compress", "ista", "norm_ista", "subspace_attention")
 )
-
-
-@contextlib.contextmanager
-def _precision(name: str):
-    """Set the precision of fp32 products inside the context; yield the dtype."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    try:
-        yield torch.float32 if name == "tf32" else getattr(torch, name)
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _size(on_gpu: int, on_cpu: int) -> int:
@@ -80,7 +69,7 @@ ATTENTION = [  # [B, N, H, D], how W is drawn, precision
 def test_subspace_attention_is_within_twice_eagers_error(shape, drawn, precision, device):
     options = dict(drawn)
     torch.manual_seed(options.pop("seed", 0))
-    with _precision(precision) as dtype:
+    with _precision(precision, device) as (dtype, _):
         w, grad = tokens_and_gradient(_shape(*shape), dtype, device, **options)
         assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW", grad)
 
@@ -141,7 +130,7 @@ def _clear_gradient(x, dictionary, precision: str) -> torch.Tensor:
     ],
 )
 def test_ista_is_within_twice_eagers_error(width, precision, threshold, norm, device):
-    with _precision(precision) as dtype:
+    with _precision(precision, device) as (dtype, _):
         shapes = (_size(4, 1), 197, width), (width,), (width,), (width, width)
         inputs = _normal(shapes, (1 + norm, 0.3, 0.3, width**-0.5), (norm, 1, 0, 0), dtype, device)
         x, weight, bias, dictionary = inputs
@@ -158,7 +147,7 @@ def test_ista_is_within_twice_eagers_error(width, precision, threshold, norm, de
 def test_the_first_half_of_a_layer_is_within_twice_eagers_error(width, precision, fused_map, device, monkeypatch):
     """Attention by whole heads. On a GPU, 64 images give the persistent programs a second and third wave."""
     monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", fused_map)
-    with _precision(precision) as dtype:
+    with _precision(precision, device) as (dtype, _):
         shapes = (_size(64, 1), _size(197, 65), width), (width,), (width,), (width, width), (width, width), (width,)
         spreads, offsets = (2.0, 0.3, 0.3, 0.8 / width**0.5, width**-0.5, 0.3), (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
         inputs = _normal(shapes, spreads, offsets, dtype, device)
