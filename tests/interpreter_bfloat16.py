@@ -17,16 +17,10 @@ from triton.runtime import interpreter
 
 from crate_fast import kernels
 
-__all__ = ["interpreted_bfloat16"]
-
 
 @contextlib.contextmanager
 def interpreted_bfloat16() -> Iterator[None]:
-    """Let the kernels accept bf16 tensors on a CPU, and round them as a GPU does.
-
-    Raises:
-        AttributeError: Triton's interpreter has no function of a replaced name.
-    """
+    """Let the kernels accept bf16 tensors on a CPU, and round them as a GPU does."""
     bfloat16, builder, handle = np.dtype(ml_dtypes.bfloat16), interpreter.InterpreterBuilder, interpreter.TensorHandle
     np_dtype, unavailable_reason = interpreter._get_np_dtype, kernels.unavailable_reason
     memory = interpreter._interpreter

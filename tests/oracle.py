@@ -9,44 +9,37 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crate_fast.accuracy import gradients, judge, token_scale
+from crate_fast.accuracy import gradients, judge, spread_tokens, token_scale
 
 
-def within_twice_eager(actual: Tensor, eager: Tensor, truth: Tensor, label: str) -> bool:
-    """Return True if rms and max error are within the rule of `crate_fast.accuracy`; print both."""
-    found = judge(actual, eager, truth)
-    print(f"{label}: rms {found.rms:.2e} of {found.allowed_rms:.2e}, max {found.max:.2e} of {found.allowed_max:.2e}")
-    return found.right
+def tokens_and_gradient(
+    shape: tuple[int, ...], dtype: torch.dtype, device, factor=1.0, offset=0.0, spread: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return subspace tokens [B, N, H, D], at `token_scale` or with norms a factor `spread` apart, and a gradient."""
+    if spread is not None:
+        return spread_tokens(shape, spread, dtype, device)
+    w = factor * torch.randn(shape) * token_scale(shape[1], shape[3]) + offset
+    return w.to(dtype).to(device), torch.randn(shape).to(dtype).to(device)
 
 
 def all_within_twice_eager(actual: Iterable, eager: Iterable, truth: Iterable, names: str) -> bool:
-    """Return True if `within_twice_eager` holds for every tensor; print all errors."""
-    rows = zip(actual, eager, truth, names.split(), strict=True)
-    verdicts = [within_twice_eager(*row) for row in rows]
-    return all(verdicts)
+    """Return True if rms and max error of all tensors are within the rule of `crate_fast.accuracy`; print them."""
+    rows = zip(names.split(), actual, eager, truth, strict=True)
+    found = {name: judge(*tensors) for name, *tensors in rows}
+    print(found)
+    return all(judgement.right for judgement in found.values())
 
 
-def tokens_and_gradient(shape: tuple[int, ...], dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
-    """Return subspace tokens [B, N, H, D] at `token_scale`, and a gradient."""
-    w = (torch.randn(shape) * token_scale(shape[1], shape[3])).to(dtype)
-    return w.to(device), torch.randn(shape).to(dtype).to(device)
-
-
-def algebra_is_right(actual: Iterable, eager: Iterable, truth: Sequence) -> bool:
-    """Return True if each fp32 result's relative error is at most twice eager's and 1e-4."""
+def is_right(actual: Sequence[Tensor], eager: Iterable, truth: Sequence, names: str) -> bool:
+    """Judge by `all_within_twice_eager`, but fp32 by relative errors of at most twice eager's and 1e-4."""
+    if actual[0].dtype != torch.float32:
+        return all_within_twice_eager(actual, eager, truth, names)
     errors = [
         [((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(results, truth, strict=True)]
         for results in (actual, eager)
     ]
     print(errors)
     return all(error <= 2 * allowed + 1e-4 for error, allowed in zip(*errors, strict=True))
-
-
-def is_right(actual: Sequence[Tensor], eager: Iterable, truth: Sequence, names: str) -> bool:
-    """Judge fp32 results by `algebra_is_right`, others by `all_within_twice_eager`."""
-    if actual[0].dtype == torch.float32:
-        return algebra_is_right(actual, eager, truth)
-    return all_within_twice_eager(actual, eager, truth, names)
 
 
 def agrees(ours: Callable, reference: Callable, inputs: Sequence[Tensor], names: str, grad=None) -> bool:

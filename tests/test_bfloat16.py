@@ -3,20 +3,20 @@
 A GPU also runs the other precisions. The allowed error is twice that of eager PyTorch in the same dtype.
 """
 
-import contextlib
 import itertools
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import agrees, all_within_twice_eager, gradients, model_gradients, mutant
+from oracle import agrees, all_within_twice_eager, gradients, model_gradients, mutant, tokens_and_gradient
 from released import ReleasedCRATE
 
 from crate_fast import CRATE, functional
-from crate_fast.accuracy import clear_of_threshold, spread_tokens, token_scale
+from crate_fast.accuracy import clear_of_threshold
 from crate_fast.kernels import whole_head
 from crate_fast.kernels.launch import Tile
+from crate_fast.probes import _precision
 from crate_fast.reference import compress_reference, ista_reference, norm_ista_reference, subspace_attention_reference
 
 ON_GPU = torch.cuda.is_available()
@@ -36,17 +36,6 @@ compress, ista, norm_ista, subspace_attention = (
 )
 
 
-@contextlib.contextmanager
-def _precision(name: str):
-    """Set the precision of fp32 products inside the context; yield the dtype."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    try:
-        yield torch.float32 if name == "tf32" else getattr(torch, name)
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def _size(on_gpu: int, on_cpu: int) -> int:
     return on_gpu if ON_GPU else min(on_gpu, on_cpu)
 
@@ -55,28 +44,22 @@ def _shape(batch: int, n_tokens: int, heads: int, head_dim: int) -> tuple[int, i
     return _size(batch, 1), n_tokens, _size(heads, 2 if n_tokens < 100 else 1), head_dim
 
 
-def _tokens(shape, device, factor: float = 1.0, offset: float = 0.0, seed: int = 0) -> torch.Tensor:
-    torch.manual_seed(seed)
-    return factor * torch.randn(shape, device=device) * token_scale(shape[1], shape[3]) + offset
-
-
-LAYERS = [(2, 197, 6, 64), (2, 197, 12, 48)]
+LAYERS, UNUSUAL, SHIFTED = [(2, 197, 6, 64), (2, 197, 12, 48)], [(2, 197, 3, 64)], [(4, 197, 6, 64)]
+OFFSETS = [{"offset": 1.0}, {"offset": 10.0}]
 ATTENTION = [  # [B, N, H, D], how W is drawn, precision
     *itertools.product([*LAYERS, (2, 785, 6, 64), (1, 197, 3, 80), (1, 196, 2, 128)], [{}], [BF16]),
     *itertools.product([(2, 65, 2, 32), (1, 1, 1, 64)], [{}], [BF16]),
     *_also_on_a_gpu(*itertools.product(LAYERS, [{}], OTHERS)),
     # whole heads: one to three blocks with and without a remainder, and the first length that is too long
-    *((shape, {}, BF16) for shape in itertools.product([2], [65, 226, 256, 257], [6], [48, 64])),
-    *_also_on_a_gpu(*((size, {}, BF16) for size in itertools.product([2], [64, 128, 180, 196, 209], [6], [48, 64]))),
+    *(((2, n, 6, d), {}, BF16) for n in (65, 226, 256, 257) for d in (48, 64)),
+    *_also_on_a_gpu(*(((2, n, 6, d), {}, BF16) for n in (64, 128, 180, 196, 209) for d in (48, 64))),
     # from uniform to saturated attention, and a common offset of all tokens
-    *itertools.product([(2, 197, 3, 64)], [{"factor": 0.3}, {"factor": 1.5}, {"factor": 3.0}], [BF16]),
-    *_also_on_a_gpu(
-        *(((2, 197, 3, 64), {"factor": factor, "seed": seed}, BF16) for factor in (0.3, 1.5, 3.0) for seed in (1, 2))
-    ),
-    *itertools.product([(4, 197, 6, 64)], [{"offset": 1.0}, {"offset": 10.0}], [BF16]),
-    *_also_on_a_gpu(*itertools.product([(4, 197, 6, 64)], [{"offset": 1.0}, {"offset": 10.0}], ["float16"])),
+    *itertools.product(UNUSUAL, [{"factor": 0.3}, {"factor": 1.5}, {"factor": 3.0}], [BF16]),
+    *_also_on_a_gpu(*((UNUSUAL[0], {"factor": f, "seed": seed}, BF16) for f in (0.3, 1.5, 3.0) for seed in (1, 2))),
+    *itertools.product(SHIFTED, OFFSETS, [BF16]),
+    *_also_on_a_gpu(*itertools.product(SHIFTED, OFFSETS, ["float16"])),
     # token norms spread over the kernels' numerical cases
-    *(((2, 197, 3, 64), {"spread": spread}, BF16) for spread in (3.0, 17.0, 30.0, 100.0, 1e4)),
+    *((UNUSUAL[0], {"spread": spread}, BF16) for spread in (3.0, 17.0, 30.0, 100.0, 1e4)),
     *(((2, 785, 3, 64), {"spread": spread}, BF16) for spread in (30.0, 1e4)),
     *_also_on_a_gpu(*(((2, 785, 3, 64), {"spread": spread}, BF16) for spread in (3.0, 17.0, 100.0))),
 ]
@@ -84,11 +67,10 @@ ATTENTION = [  # [B, N, H, D], how W is drawn, precision
 
 @pytest.mark.parametrize(("shape", "drawn", "precision"), ATTENTION, ids=str)
 def test_subspace_attention_is_within_twice_eagers_error(shape, drawn, precision, device):
-    with _precision(precision) as dtype:
-        if "spread" in drawn:
-            w, grad = spread_tokens(_shape(*shape), drawn["spread"], dtype, device)
-        else:
-            w, grad = _tokens(_shape(*shape), device, **drawn).to(dtype), None
+    options = dict(drawn)
+    torch.manual_seed(options.pop("seed", 0))
+    with _precision(precision, device) as (dtype, _):
+        w, grad = tokens_and_gradient(_shape(*shape), dtype, device, **options)
         assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW", grad)
 
 
@@ -109,8 +91,8 @@ UNSTABLE_WHOLE_HEADS = {
 @pytest.mark.skipif(ON_GPU, reason="about the interpreter's rounding")
 @pytest.mark.parametrize("name", UNSTABLE_WHOLE_HEADS)
 def test_a_kernel_with_a_wrong_rounding_fails_in_bf16_and_passes_in_fp32(name, device, tmp_path):
-    w = _tokens((1, 197, 3, 64), device, 2.5, seed=9).bfloat16()
-    grad = torch.randn(w.shape).bfloat16()
+    torch.manual_seed(9)
+    w, grad = tokens_and_gradient((1, 197, 3, 64), torch.bfloat16, device, factor=2.5)
     unstable = mutant(whole_head, UNSTABLE_WHOLE_HEADS[name], tmp_path)
     eager = gradients(subspace_attention_reference, [w], grad)
     truth = gradients(subspace_attention_reference, [w.double()], grad.double())
@@ -125,6 +107,11 @@ def test_a_kernel_with_a_wrong_rounding_fails_in_bf16_and_passes_in_fp32(name, d
     assert is_right(w.float(), grad.float())
 
 
+def _normal(shapes, spreads, offsets, dtype, device) -> list[torch.Tensor]:
+    rows = zip(shapes, spreads, offsets, strict=True)
+    return [(torch.randn(shape, device=device) * spread + offset).to(dtype) for shape, spread, offset in rows]
+
+
 def _clear_gradient(x, dictionary, precision: str) -> torch.Tensor:
     """Return a gradient that is zero where rounding decides whether ISTA's output is zero."""
     margin = 32 * (2**-11 if precision == "tf32" else torch.finfo(x.dtype).eps)
@@ -132,31 +119,27 @@ def _clear_gradient(x, dictionary, precision: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("width", "precision", "threshold"),
+    ("width", "precision", "threshold", "norm"),
     [
-        *itertools.product([192, 384], [BF16], ["relu"]),  # at 384 the tile 128×256 becomes 256×128
-        (192, BF16, "soft"),
-        *_also_on_a_gpu(*itertools.product([576, 768, 1024], [BF16], ["relu"])),
-        *_also_on_a_gpu(*itertools.product([384], OTHERS, ["relu"])),
+        *itertools.product([192, 384], [BF16], ["relu"], [False]),  # at 384 the tile 128×256 becomes 256×128
+        (192, BF16, "soft", False),
+        *_also_on_a_gpu(*itertools.product([576, 768, 1024], [BF16], ["relu"], [False])),
+        (192, BF16, "relu", True),
+        *_also_on_a_gpu(*itertools.product([384, 768], [BF16], ["relu"], [True])),
+        *_also_on_a_gpu(*itertools.product([384], OTHERS, ["relu"], [False, True])),
     ],
 )
-def test_ista_is_within_twice_eagers_error(width, precision, threshold, device):
-    with _precision(precision) as dtype:
-        x = torch.randn(_size(4, 1), 197, width, device=device).to(dtype)
-        dictionary = (torch.randn(width, width, device=device) / width**0.5).to(dtype)
-        ours, reference = (partial(f, threshold=threshold) for f in (ista, ista_reference))
-        assert agrees(ours, reference, [x, dictionary], "y dx dD", _clear_gradient(x, dictionary, precision))
-
-
-@pytest.mark.parametrize(("width", "precision"), WIDTHS)
-def test_ista_after_a_layer_norm_is_within_twice_eagers_error(width, precision, device):
-    with _precision(precision) as dtype:
-        x = (torch.randn(_size(4, 1), 197, width, device=device) * 2 + 1).to(dtype)
-        dictionary = (torch.randn(width, width, device=device) / width**0.5).to(dtype)
-        weight = (1 + 0.3 * torch.randn(width, device=device)).to(dtype)
-        bias = (0.3 * torch.randn(width, device=device)).to(dtype)
-        cotangent = _clear_gradient(F.layer_norm(x, x.shape[-1:], weight, bias), dictionary, precision)
-        assert agrees(norm_ista, norm_ista_reference, [x, weight, bias, dictionary], "y dx dγ dβ dD", cotangent)
+def test_ista_is_within_twice_eagers_error(width, precision, threshold, norm, device):
+    with _precision(precision, device) as (dtype, _):
+        shapes = (_size(4, 1), 197, width), (width,), (width,), (width, width)
+        inputs = _normal(shapes, (1 + norm, 0.3, 0.3, width**-0.5), (norm, 1, 0, 0), dtype, device)
+        x, weight, bias, dictionary = inputs
+        tokens = F.layer_norm(x, x.shape[-1:], weight, bias) if norm else x
+        cotangent = _clear_gradient(tokens, dictionary, precision)
+        functions = (norm_ista, norm_ista_reference) if norm else (ista, ista_reference)
+        ours, reference = (partial(function, threshold=threshold) for function in functions)
+        names = "y dx dγ dβ dD" if norm else "y dx dD"
+        assert agrees(ours, reference, inputs if norm else inputs[::3], names, cotangent)
 
 
 @pytest.mark.parametrize("fused_map", ["0", "1"], ids=["PyTorch's output map", "fused output map"])
@@ -164,16 +147,11 @@ def test_ista_after_a_layer_norm_is_within_twice_eagers_error(width, precision, 
 def test_the_first_half_of_a_layer_is_within_twice_eagers_error(width, precision, fused_map, device, monkeypatch):
     """Attention by whole heads. On a GPU, 64 images give the persistent programs a second and third wave."""
     monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", fused_map)
-    heads = width // 64
-    with _precision(precision) as dtype:
-        shapes = [(_size(64, 1), _size(197, 65), width), (width,), (width,), (width, width), (width, width), (width,)]
-        spreads = (2.0, 0.3, 0.3, 0.8 / width**0.5, width**-0.5, 0.3)
-        offsets = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
-        inputs = [
-            (torch.randn(shape, device=device) * spread + offset).to(dtype)
-            for shape, spread, offset in zip(shapes, spreads, offsets, strict=True)
-        ]
-        ours, reference = (partial(function, heads=heads) for function in (compress, compress_reference))
+    with _precision(precision, device) as (dtype, _):
+        shapes = (_size(64, 1), _size(197, 65), width), (width,), (width,), (width, width), (width, width), (width,)
+        spreads, offsets = (2.0, 0.3, 0.3, 0.8 / width**0.5, width**-0.5, 0.3), (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+        inputs = _normal(shapes, spreads, offsets, dtype, device)
+        ours, reference = (partial(function, heads=width // 64) for function in (compress, compress_reference))
         assert agrees(ours, reference, inputs, "h dx dγ dβ dU dV db")
 
 
@@ -182,10 +160,9 @@ def test_a_layer_under_autocast_is_within_twice_eagers_error(device):
     side = _size(224, 128)  # 197 or 65 tokens
     sizes = {"image_size": side, "patch_size": 16, "num_classes": 10, "dim": _size(384, 128)}
     sizes |= {"depth": _size(2, 1), "heads": sizes["dim"] // 64}
-    ours, eager = CRATE(**sizes, backend="triton").to(device), ReleasedCRATE(**sizes).to(device)
-    eager.load_state_dict(ours.state_dict())
-    exact = ReleasedCRATE(**sizes).to(device).double()
-    exact.load_state_dict(ours.state_dict())
+    ours, eager, exact = CRATE(**sizes, backend="triton"), ReleasedCRATE(**sizes), ReleasedCRATE(**sizes).double()
+    for model in (ours, eager, exact):
+        model.to(device).load_state_dict(ours.state_dict())
     images = torch.randn(_size(16, 1), 3, side, side, device=device)
     actual, theirs = (model_gradients(model, images, torch.bfloat16) for model in (ours, eager))
     for name, truth in model_gradients(exact, images.double()).items():
@@ -194,33 +171,24 @@ def test_a_layer_under_autocast_is_within_twice_eagers_error(device):
 
 
 def test_ista_under_autocast_is_within_twice_eagers_error(device):
-    """fp32 tokens and dictionary, bf16 product: at most twice the error of eager's three bf16 products."""
     width = _size(768, 192)
     x = torch.randn(_size(4, 1), 197, width, device=device)
     dictionary = torch.randn(width, width, device=device) / width**0.5
     cotangent = _clear_gradient(x, dictionary.bfloat16(), "bfloat16")
-    results = []
-    for function, autocast in ((ista, True), (ista_reference, True), (ista_reference, False)):
-        dtype = torch.float32 if autocast else torch.float64
-        tensors = [t.to(dtype).requires_grad_() for t in (x, dictionary)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            out = function(*tensors)
-        results.append([out, *torch.autograd.grad(out, tensors, cotangent.to(out.dtype))])
-    assert all_within_twice_eager(*results, "y dx dD")
+    low = torch.autocast(device.type, torch.bfloat16)
+    actual, eager = (gradients(low(function), [x, dictionary], cotangent) for function in (ista, ista_reference))
+    truth = gradients(ista_reference, [x.double(), dictionary.double()], cotangent.double())
+    assert all_within_twice_eager(actual, eager, truth, "y dx dD")
 
 
 def test_a_rerun_is_bit_equal(device):
     low = {"device": device, "dtype": torch.bfloat16}
     width = _size(768, 64)
     by_rows, whole = (torch.randn(_shape(16, n, 6, 64), **low) for n in (_size(785, 60), _size(197, 65)))
-    x = torch.randn(_size(64, 1), _size(197, 65), width, **low)
+    x, ones = torch.randn(_size(64, 1), _size(197, 65), width, **low), torch.ones(width, **low)
     dictionary = (torch.randn(width, width, device=device) / width**0.5).bfloat16()
-    ones = torch.ones(width, **low)
-    for function, inputs in (
-        (subspace_attention, [by_rows]),
-        (subspace_attention, [whole]),
-        (norm_ista, [x, ones, ones, dictionary]),
-    ):
+    attentions = [(subspace_attention, [w]) for w in (by_rows, whole)]
+    for function, inputs in (*attentions, (norm_ista, [x, ones, ones, dictionary])):
         grad = torch.randn_like(inputs[0])
         first, *others = (gradients(function, inputs, grad) for _ in range(_size(3, 2)))
         for again in others:

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -21,20 +22,11 @@ MORE = ["attention-bfloat16-2x197x3x64-spread10000", "ista-autocast-64x197x384"]
 MORE += ["ista-bfloat16-64x197x384-soft", "compress-autocast-64x197x384-paper"]
 
 
-@pytest.fixture
-def after_launches(monkeypatch):
-    """A function that adds a fault, `change(name, arguments)`, after each kernel launch."""
-
-    def add(change):
-        run = Launch.run
-
-        def faulty(launch):
-            run(launch)
-            change(launch.kernel.__name__, launch.arguments)
-
-        monkeypatch.setattr(Launch, "run", faulty)
-
-    return add
+def _run(device, monkeypatch, change, reruns: int = 1) -> dict:
+    """Run a probe, with `change(kernel's name, arguments)` after each launch."""
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda launch: (run(launch), change(launch.kernel.__name__, launch.arguments)))
+    return run_probe(find_probe(NORM_ISTA), device, reruns)
 
 
 @functools.cache
@@ -59,43 +51,34 @@ def test_probes_cover_the_kernels():
 
 
 @pytest.mark.parametrize(("argument", "output"), [("dx_ptr", "dx"), ("partial_ptr", "dD"), ("out_ptr", "y")])
-def test_an_error_of_ten_percent_is_wrong(argument, output, after_launches, device):
+def test_an_error_of_ten_percent_is_wrong(argument, output, monkeypatch, device):
     def change(name, arguments):
         if isinstance(arguments.get(argument), torch.Tensor):
             arguments[argument].mul_(1.1)
 
-    after_launches(change)
-    row = run_probe(find_probe(NORM_ISTA), device, reruns=1)
-    assert row["status"] == "wrong"
-    assert row["reruns_equal"]
+    row = _run(device, monkeypatch, change)
+    assert (row["status"], row["reruns_equal"]) == ("wrong", True)
     assert row["outputs"][output]["share"] > 1.0
 
 
-def test_an_unwritten_output_is_wrong(monkeypatch, device):
-    monkeypatch.setattr(Launch, "run", lambda launch: None)
-    row = run_probe(find_probe(NORM_ISTA), device, reruns=1)
-    assert (row["status"], row["share"], row["outputs"]["y"]["max"]) == ("wrong", None, None)
-    json.dumps(row, allow_nan=False)
-
-
-def test_a_rerun_with_other_bits_is_wrong(after_launches, device):
+def test_a_rerun_with_other_bits_is_wrong(monkeypatch, device):
     count = itertools.count()
 
     def change(name, arguments):
         if "normalize" in name and next(count) == 2:  # the second rerun
             arguments["normed_ptr"][0, 0] *= 1.001
 
-    after_launches(change)
-    row = run_probe(find_probe(NORM_ISTA), device, reruns=3)
+    row = _run(device, monkeypatch, change, reruns=3)
     assert (row["status"], row["reruns_equal"]) == ("wrong", False)
     assert row["share"] <= 1.0
 
 
-def test_a_kernel_that_raises_has_a_failed_row(monkeypatch, device, capsys):
-    def broken(launch):
-        raise ValueError("out of\nshared memory")
-
-    monkeypatch.setattr(Launch, "run", broken)
+def test_an_unwritten_output_is_wrong_and_a_kernel_that_raises_has_a_failed_row(monkeypatch, device, capsys):
+    monkeypatch.setattr(Launch, "run", lambda launch: None)
+    row = run_probe(find_probe(NORM_ISTA), device, reruns=1)
+    assert (row["status"], row["share"], row["outputs"]["y"]["max"]) == ("wrong", None, None)
+    json.dumps(row, allow_nan=False)
+    monkeypatch.setattr(Launch, "run", mock.Mock(side_effect=ValueError("out of\nshared memory")))
     row = run_probe(find_probe(NORM_ISTA), device, reruns=1)
     assert row["status"] == "failed: ValueError: out of shared memory"
     assert "Traceback" in capsys.readouterr().err
@@ -133,17 +116,14 @@ def test_a_hanging_probe_is_a_failed_row():
 
 
 def test_the_command_reports_right_wrong_and_crashed_probes(tmp_path, capsys):
-    file = tmp_path / "check.json"
-    names = ["ista-autocast-64x197x384", "fault:wrong", "fault:crash"]
+    file, names = tmp_path / "check.json", ["ista-autocast-64x197x384", "fault:wrong", "fault:crash"]
     with forked_python(isolation, fresh="fault:wrong"):
         assert cli.main(["check", "--interpreter", "--json", str(file), "--probes", *names]) == 1
     report = json.loads(file.read_text())
     right, wrong, crashed = report["rows"]
     assert [row["name"] for row in report["rows"]] == names
-    assert (right["status"], right["reruns"]) == ("right", 2)
-    assert "output" not in right
-    assert wrong["status"] == "wrong"
-    assert wrong["share"] > 1.0
+    assert (right["status"], right["reruns"], "output" in right) == ("right", 2, False)
+    assert (wrong["status"], wrong["share"] > 1.0) == ("wrong", True)
     assert crashed["status"] == "failed: killed by SIGABRT"
     assert "probes.py" in crashed["output"]  # the traceback
     assert report["environment"]["torch"] == torch.__version__
@@ -155,18 +135,15 @@ def test_the_command_reports_right_wrong_and_crashed_probes(tmp_path, capsys):
 
 def test_the_exit_status_is_0_if_all_are_right(tmp_path, monkeypatch):
     monkeypatch.setattr(check, "run_probes", lambda names, _: [_row(name) for name in names])
-    words = ["--interpreter", "--json", str(tmp_path / "check.json"), "--probes", "ista-autocast-64x197x384"]
-    assert check.main(words) == 0
+    assert check.main(["--interpreter", "--json", str(tmp_path / "check.json"), "--probes", NORM_ISTA]) == 0
 
 
 def test_without_a_gpu_the_check_is_an_error(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(check, "explain_backend", lambda device: ("torch", "PyTorch finds no CUDA device"))
     assert check.main([]) == 2
-    captured = capsys.readouterr()
     reason = "PyTorch finds no CUDA device; pass --interpreter to check without a GPU"
-    assert captured.err == f"error: nothing to check: {reason}\n"
-    assert captured.out == ""
+    assert capsys.readouterr() == ("", f"error: nothing to check: {reason}\n")
     assert os.listdir() == []
 
 
@@ -187,29 +164,25 @@ def test_only_right_kernels_are_timed_and_a_crash_keeps_earlier_times(monkeypatc
     assert "timing: killed by SIGSEGV" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("version", "warned"), [("12.8", True), ("13.2", True), ("13.3", False)])
-def test_the_assembler_is_reported_and_missing_tools_are_unknown(version, warned, monkeypatch):
+def test_the_assembler_is_reported_and_missing_tools_are_unknown(monkeypatch):
     from triton.backends.nvidia import compiler
 
+    gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(compiler, "get_ptxas", lambda architecture: SimpleNamespace(version=version))
-    found = env._ptxas(torch.device("cuda"))
-    assert (found.startswith(version), "which can miscompile on Hopper" in found) == (True, warned)
-    assert env.compiler_versions(torch.device("cuda")).endswith(f", ptxas {version}")
-
-    def missing(architecture):
-        raise RuntimeError("Cannot find ptxas")
-
-    monkeypatch.setattr(compiler, "get_ptxas", missing)
-    assert "unknown (RuntimeError)" in env.compiler_versions(torch.device("cuda"))
+    for version, warned in (("12.8", True), ("13.2", True), ("13.3", False)):
+        monkeypatch.setattr(compiler, "get_ptxas", lambda _, version=version: SimpleNamespace(version=version))
+        found = env._ptxas(gpu)
+        assert (found.startswith(version), "which can miscompile on Hopper" in found) == (True, warned)
+        assert env.compiler_versions(gpu).endswith(f", ptxas {version}")
+    monkeypatch.setattr(compiler, "get_ptxas", mock.Mock(side_effect=RuntimeError("Cannot find ptxas")))
+    assert "unknown (RuntimeError)" in env.compiler_versions(gpu)
     monkeypatch.setenv("PATH", "")
     assert env.driver_version() == "unknown (FileNotFoundError)"
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_probe_runs_and_is_timed():
-    name = "attention-bfloat16-2x197x12x64"
-    rows = run_probes([name], interpreter=False)
+    rows = run_probes(["attention-bfloat16-2x197x12x64"], interpreter=False)
     check._add_times(rows)
     assert rows[0]["status"] == "right", rows[0]
     assert rows[0]["ours_ms"] > 0.0

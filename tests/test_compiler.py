@@ -14,23 +14,16 @@ import triton
 from crate_fast.kernels import launch
 from crate_fast.kernels.launch import ARCHITECTURES, TABLE, find, lookup
 
-KERNELS = {
-    "attention_forward": ("half", "tf32"),
-    "attention_backward": ("half", "tf32"),
-    "whole_head_forward": ("half",),
-    "whole_head_backward": ("half",),
-    "ista_forward": ("half", "tf32"),
-    "ista_backward_input": ("half", "tf32"),
-    "output_map": ("half",),
-    "weight_gradient": ("half", "tf32"),
-}
+BOTH = ("attention_forward", "attention_backward", "ista_forward", "ista_backward_input", "weight_gradient")
+KERNELS = dict.fromkeys(BOTH, ("half", "tf32"))
+KERNELS |= dict.fromkeys(("whole_head_forward", "whole_head_backward", "output_map"), ("half",))
 
 
 def test_the_table_is_complete_and_small(monkeypatch):
     assert len(TABLE) <= 40
     assert {key[:2] for key in TABLE} == {(kernel, word) for kernel, words in KERNELS.items() for word in words}
     for architecture in ARCHITECTURES:
-        monkeypatch.setattr("crate_fast.kernels.launch.architecture", lambda _, name=architecture: name)
+        monkeypatch.setattr(launch, "architecture", lambda _, name=architecture: name)
         for kernel, words in KERNELS.items():
             widths = (64,) if kernel.startswith("whole") else (32, 64, 128) if "attention" in kernel else (0,)
             for word in words:
@@ -41,9 +34,9 @@ def test_the_table_is_complete_and_small(monkeypatch):
 
 def test_the_most_specific_row_is_used(monkeypatch):
     rows = {("k", "half"): 1, ("k", "half", 64): 2, ("k", "half", "sm_90"): 3, ("k", "half", "sm_90", 128): 4}
-    monkeypatch.setattr("crate_fast.kernels.launch.TABLE", rows)
+    monkeypatch.setattr(launch, "TABLE", rows)
     for architecture, widths in (("sm_80", {32: 1, 64: 2, 128: 1}), ("sm_90", {32: 3, 64: 3, 128: 4})):
-        monkeypatch.setattr("crate_fast.kernels.launch.architecture", lambda _, name=architecture: name)
+        monkeypatch.setattr(launch, "architecture", lambda _, name=architecture: name)
         assert {width: find("k", None, "half", width) for width in widths} == widths
         assert find("k", None, "tf32", 64) is None
 

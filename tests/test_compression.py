@@ -1,7 +1,4 @@
-"""The first half of a layer on kernels: the output map, LayerNorm, autograd, layers, hooks.
-
-On a GPU, or on the CPU through Triton's interpreter, where half precision means float16.
-"""
+"""The first half of a layer on kernels: the output map, LayerNorm, autograd, layers, hooks."""
 
 from dataclasses import replace
 from functools import partial
@@ -18,11 +15,13 @@ from crate_fast.kernels import attention, layer_norm, product
 from crate_fast.kernels.launch import TABLE, Tile, architecture
 from crate_fast.reference import compress_reference, subspace_attention_reference
 
-EPS = 1e-5
+EPS, HALF, SINGLE = 1e-5, torch.float16, torch.float32
+_ours = partial(compress, heads=3, backend="triton")
+_reference = partial(compress_reference, heads=3)
+both_residuals = pytest.mark.parametrize("residual", ["released", "paper"])
 
 
 def test_the_output_map_of_half_precision_tokens_adds_up_in_fp32(device, poisoned):
-    """x + tokens·outputᵀ + b as under autocast: fp16 operands, the rest in fp32."""
     tokens, output = torch.randn(197, 80, device=device).half(), torch.randn(96, 80, device=device).half()
     x, bias = torch.randn(197, 96, device=device), torch.randn(96, device=device)
     h = product.product(tokens, output, x, Tile(32, 128, 4, 1, 32, persistent=True), bias=bias)
@@ -38,28 +37,17 @@ def fused_map(request, monkeypatch):
     return request.param == "1"
 
 
-def _inputs(device, dtype=torch.float32, shape=(2, 17), width=48, heads=3, head_dim=16) -> list[Tensor]:
-    """x, γ, β, U, V, b."""
-    inner = heads * head_dim
-    projection = torch.randn(inner, width) * token_scale(shape[1], head_dim) / width**0.5
-    drawn = (
-        torch.randn(*shape, width) + 0.5, 1 + 0.3 * torch.randn(width), 0.3 * torch.randn(width), projection,
-        torch.randn(width, inner) / inner**0.5, 0.3 * torch.randn(width),
-    )  # fmt: skip
-    return [tensor.to(dtype).to(device).requires_grad_() for tensor in drawn]
+def _inputs(device, dtype=SINGLE, shape=(2, 17)) -> list[Tensor]:
+    """x, γ, β, U, V, b for three heads of 16."""
+    shapes = (*shape, 48), (48,), (48,), (48, 48), (48, 48), (48,)
+    factors = (1.0, 0.3, 0.3, token_scale(shape[1], 16) / 48**0.5, 48**-0.5, 0.3)
+    drawn = zip(shapes, factors, (0.5, 1.0, 0.0, 0.0, 0.0, 0.0), strict=True)
+    return [(factor * torch.randn(s) + offset).to(dtype).to(device).requires_grad_() for s, factor, offset in drawn]
 
 
-def _reference(*inputs, heads=3, residual="released") -> Tensor:
-    return compress_reference(*inputs, heads, residual=residual)
-
-
-def _ours(*inputs, heads=3, residual="released") -> Tensor:
-    return compress(*inputs, heads, residual=residual, backend="triton")
-
-
-@pytest.mark.parametrize("residual", ["released", "paper"])
+@both_residuals
 @pytest.mark.parametrize(  # the fused map has no tile in fp32
-    ("dtype", "fused_map"), [(torch.float32, "1"), (torch.float16, "0"), (torch.float16, "1")], indirect=["fused_map"]
+    ("dtype", "fused_map"), [(SINGLE, "1"), (HALF, "0"), (HALF, "1")], indirect=["fused_map"]
 )
 @pytest.mark.parametrize("shape", [(2, 17), (1, 1), (3, 65)], ids=str)
 def test_compress_agrees_with_the_reference(shape, dtype, residual, fused_map, device, poisoned):
@@ -67,9 +55,9 @@ def test_compress_agrees_with_the_reference(shape, dtype, residual, fused_map, d
     assert agrees(*functions, _inputs(device, dtype, shape), "h dx dγ dβ dU dV db")
 
 
-@pytest.mark.parametrize("residual", ["released", "paper"])
+@both_residuals
 def test_an_empty_batch_has_zero_gradients(residual, fused_map, device):
-    x, *weights = _inputs(device, torch.float16)
+    x, *weights = _inputs(device, HALF)
     h = _ours(x[:0], *weights, residual=residual)
     assert h.shape == (0, 17, 48)
     h.sum().backward()
@@ -83,64 +71,59 @@ def _released_under_autocast(x, weight, bias, projection, output, output_bias, r
     return (x if residual == "released" else normed) + F.linear(out, output.half(), output_bias.half())
 
 
-@pytest.mark.parametrize("residual", ["released", "paper"])
+@both_residuals
 @pytest.mark.parametrize("shape", [(2, 65), (8, 33)], ids=str)
 def test_compress_under_autocast_is_within_twice_eagers_error(shape, residual, fused_map, device, poisoned):
     inputs = _inputs(device, shape=shape)
     grad = torch.randn_like(inputs[0])
-    low = torch.autocast(device.type, torch.float16)
-    actual = gradients(low(partial(_ours, residual=residual)), inputs, grad)
+    actual = gradients(torch.autocast(device.type, HALF)(partial(_ours, residual=residual)), inputs, grad)
     eager = gradients(partial(_released_under_autocast, residual=residual), inputs, grad)
     truth = gradients(partial(_reference, residual=residual), [tensor.double() for tensor in inputs], grad.double())
     assert all_within_twice_eager(actual, eager, truth, "h dx dγ dβ dU dV db")
 
 
-@pytest.mark.parametrize("residual", ["released", "paper"])
+@both_residuals
 def test_transposed_tokens_give_the_same_bits(residual, device):
     x, *weights = _inputs(device)
     found = []
     for tokens in (x.detach(), x.detach().mT.contiguous().mT):
-        with torch.autocast(device.type, torch.float16):
+        with torch.autocast(device.type, HALF):
             h = _ours(tokens.requires_grad_(), *weights, residual=residual)
         found.append((h, *torch.autograd.grad(h.sum(), [tokens, *weights])))
     assert all(map(torch.equal, *found))
 
 
-def test_the_variable_chooses_the_fused_output_map(fused_map, device, monkeypatch):
-    calls, plain = [], product.product
-    monkeypatch.setattr(product, "product", lambda *a, **k: calls.append(1) or plain(*a, **k))
-    _ours(*_inputs(device, torch.float16))
-    assert len(calls) == fused_map
-
-
-def test_the_tile_table_chooses_the_output_map(device, monkeypatch):
+def test_the_variable_or_else_the_tile_table_chooses_the_output_map(device, monkeypatch):
+    monkeypatch.setenv("CRATE_FAST_SELF_CHECK", "0")  # it knows kernels by name
     monkeypatch.delenv("CRATE_FAST_FUSED_PRODUCTS", raising=False)
-    x, weight = torch.zeros(4, 48, device=device), torch.zeros(48, 64, dtype=torch.float16, device=device)
-    key = ("output_map", "half", architecture(x.device))
-    assert triton_ops._output_tile(x, weight) == product.fitted_product(TABLE[key], 48)
-    monkeypatch.setitem(TABLE, key, replace(TABLE[key], chosen=False))
-    assert triton_ops._output_tile(x, weight) is None
+    used, plain = [], product.product
+    monkeypatch.setattr(product, "product", lambda *a, **k: used.append(a[3]) or plain(*a, **k))
+    inputs, key = _inputs(device, HALF), ("output_map", "half", architecture(device))
+    for variable, chosen, fused in ((None, True, True), (None, False, False), ("1", False, True), ("0", True, False)):
+        monkeypatch.setitem(TABLE, key, replace(TABLE[key], chosen=chosen))
+        if variable is not None:
+            monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", variable)
+        used.clear()
+        _ours(*inputs)
+        assert used == [product.fitted_product(TABLE[key], 48)] * fused
     monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", "1")
-    assert triton_ops._output_tile(x, weight) is not None
-    assert triton_ops._output_tile(x, weight.float()) is None  # fp32 has no row
+    _ours(*_inputs(device))
+    assert used == []  # fp32 has no row
+
+
+WANTED = {False: [[True] * 6, [*[False] * 3, True, False, True]]}
+WANTED[True] = [[True] * 6, [True, *[False] * 5], [False, True, *[False] * 4]]
 
 
 @pytest.mark.parametrize("skip_normed", [False, True])
-def test_opcheck_of_forward(skip_normed, device):
-    inputs = _inputs(device, torch.float16)
-    torch.library.opcheck(triton_ops.compression_fwd, (*inputs, 3, 0.25, EPS, torch.float16, skip_normed))
-
-
-WANTED = [([True] * 6, False), ([True] * 6, True), ([True, *[False] * 5], True)]
-WANTED += [([False, True, *[False] * 4], True), ([*[False] * 3, True, False, True], False)]
-
-
-@pytest.mark.parametrize(("wanted", "skip_normed"), WANTED, ids=str)
-def test_opcheck_of_backward(skip_normed, wanted, device):
-    x, *weights = (t.detach() for t in _inputs(device, torch.float16))
-    h, normed, _, *kept = triton_ops.compression_fwd(x, *weights, 3, 0.25, EPS, torch.float16, skip_normed)
-    arguments = (h, *weights[:4], normed, *kept, None, None, 0.25, skip_normed)  # all but the bias
-    torch.library.opcheck(triton_ops.compression_bwd, (*arguments, torch.float16, torch.float16, wanted))
+def test_opcheck(skip_normed, device):
+    inputs, options = _inputs(device, HALF), (3, 0.25, EPS, HALF, skip_normed)
+    torch.library.opcheck(triton_ops.compression_fwd, (*inputs, *options))
+    x, *weights = (t.detach() for t in inputs)
+    h, normed, _, *kept = triton_ops.compression_fwd(x, *weights, *options)
+    arguments = (h, *weights[:4], normed, *kept, None, None, 0.25, skip_normed, HALF, HALF)  # all but the bias
+    for wanted in WANTED[skip_normed]:
+        torch.library.opcheck(triton_ops.compression_bwd, (*arguments, wanted))
 
 
 def test_only_requested_gradients_are_computed(device, monkeypatch):
@@ -150,8 +133,7 @@ def test_only_requested_gradients_are_computed(device, monkeypatch):
     for module in (layer_norm, attention):
         monkeypatch.setattr(module, "backward", refuse)
     for index in (4, 5):  # V and b need no gradient of attention or LayerNorm
-        wanted = [*frozen[:index], inputs[index], *frozen[index + 1 :]]
-        _ours(*wanted).sum().backward()
+        _ours(*frozen[:index], inputs[index], *frozen[index + 1 :]).sum().backward()
         assert inputs[index].grad is not None
     assert all(inputs[index].grad is None for index in range(4))
 
@@ -194,10 +176,9 @@ def test_a_layers_halves_are_fused_unless_a_module_has_a_hook(device, monkeypatc
     expected = model(images)
     assert {half: len(found) for half, found in calls.items()} == dict.fromkeys(calls, MODEL["depth"])
     attention, sparsifier = model.transformer.layers[0]
-    hooked = [("compress", module) for module in (attention, attention.norm, attention.fn, attention.fn.qkv)]
-    hooked += [("compress", module) for module in attention.fn.to_out]
-    hooked += [("norm_ista", sparsifier.norm), ("norm_ista", sparsifier.fn)]
-    hooks = [(*one, "forward_hook") for one in hooked]
+    parts = (attention, attention.norm, attention.fn, attention.fn.qkv, *attention.fn.to_out)
+    hooks = [("compress", module, "forward_hook") for module in parts]
+    hooks += [("norm_ista", module, "forward_hook") for module in (sparsifier.norm, sparsifier.fn)]
     hooks += [("norm_ista", sparsifier.fn, "forward_pre_hook"), ("norm_ista", sparsifier.fn, "full_backward_hook")]
     for half, module, kind in hooks:
         calls[half].clear()
@@ -212,28 +193,22 @@ def test_a_layers_halves_are_fused_unless_a_module_has_a_hook(device, monkeypatc
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("options", "calls"),
-    [
-        ({}, 2),
-        ({"residual": "paper"}, 2),
-        ({"attention": "mhsa"}, 0),
-        ({"sparsifier": "mlp"}, 2),
-        ({"proj_drop_rate": 0.1}, 0),
-        ({"drop_path_rate": 0.5}, 1),  # the first layer's rate is 0
-        ({"heads": 1, "dim_head": 48}, 0),  # no output map
-    ],
-    ids=str,
-)
-def test_which_layers_are_fused(options, calls, device, monkeypatch):
+FUSED = [  # options, fused layers in training and in evaluation
+    *((options, 2, 2) for options in ({}, {"residual": "paper"}, {"sparsifier": "mlp"})),
+    *((options, 0, 0) for options in ({"attention": "mhsa"}, {"heads": 1, "dim_head": 48})),  # no output map
+    ({"proj_drop_rate": 0.1}, 0, 2),
+    ({"drop_path_rate": 0.5}, 1, 2),  # the first layer's rate is 0
+]
+
+
+@pytest.mark.parametrize(("options", "training", "evaluation"), FUSED, ids=str)
+def test_which_layers_are_fused(options, training, evaluation, device, monkeypatch):
     found = _count(monkeypatch, "compress")
-    torch.manual_seed(1)
-    model = CRATE(**(MODEL | options), backend="triton").to(device)
-    model(torch.randn(1, 3, 16, 16, device=device))
-    assert len(found) == calls
-    found.clear()
-    model.eval()(torch.randn(1, 3, 16, 16, device=device))
-    assert len(found) == (2 if {"proj_drop_rate", "drop_path_rate"} & options.keys() else calls)
+    model, images = CRATE(**(MODEL | options), backend="triton").to(device), torch.randn(1, 3, 16, 16, device=device)
+    model(images)
+    assert len(found) == training
+    model.eval()(images)
+    assert len(found) == training + evaluation
 
 
 def test_the_layers_of_a_decoder_are_fused_and_compute_the_same(device, monkeypatch):

@@ -6,6 +6,7 @@ a GPU runs in half precision only. bfloat16 is tested in test_bfloat16.py, compi
 """
 
 import itertools
+from argparse import Namespace
 from functools import partial
 
 import pytest
@@ -15,20 +16,18 @@ from oracle import all_within_twice_eager, gradients, is_right, mutant, tokens_a
 from torch import Tensor
 
 from crate_fast import functional, kernels
-from crate_fast.accuracy import clear_of_threshold, spread_tokens, token_scale
+from crate_fast.accuracy import clear_of_threshold
 from crate_fast.kernels import attention, folding, ista, layer_norm, product, whole_head
 from crate_fast.kernels.launch import TABLE, Tile, lookup, precision
 from crate_fast.reference import ista_reference, norm_ista_reference, subspace_attention_reference
 
-DTYPES = [torch.float32, torch.float16]
-PRODUCT_TILES = sorted({(t.block_m, t.block_n, t.block_k) for t in TABLE.values() if t.block_k})
-FORWARD, BACKWARD = Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)  # tiles of whole heads
 HALF, SINGLE = torch.float16, torch.float32
+FORWARD, BACKWARD = Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)  # tiles of whole heads
 ROW_TILES = sorted({(t.block_m, t.block_n) for (kernel, *_), t in TABLE.items() if kernel.startswith("attention")})
+PRODUCT_TILES = sorted({(t.block_m, t.block_n, t.block_k) for t in TABLE.values() if t.block_k})
 
 
 def by_rows(w: Tensor, grad: Tensor, scale: float | None = None, module=attention, tile: Tile | None = None) -> list:
-    """O and dW by blocks of rows."""
     scale = w.shape[-1] ** -0.5 if scale is None else scale
     size = (w.device, precision(w.dtype), attention.block_d(w))
     out, lse = module.forward(w, scale, tile or lookup("attention_forward", *size))
@@ -36,7 +35,6 @@ def by_rows(w: Tensor, grad: Tensor, scale: float | None = None, module=attentio
 
 
 def whole_heads(w: Tensor, grad: Tensor, scale: float | None = None, module=whole_head) -> list:
-    """O and dW by whole heads."""
     scale = w.shape[-1] ** -0.5 if scale is None else scale
     w, grad = attention.addressable(w), grad.contiguous()
     out, dw = (torch.full(w.shape, torch.nan, dtype=w.dtype, device=w.device) for _ in range(2))
@@ -50,35 +48,37 @@ both_schedules = pytest.mark.parametrize("attend", [by_rows, whole_heads])
 
 
 def _attention_is_right(attend, w: Tensor, grad: Tensor, scale: float | None = None, **options) -> bool:
-    def reference(tokens: Tensor) -> Tensor:
-        return subspace_attention_reference(tokens, scale)
-
-    actual = attend(w, grad, scale=scale, **options)
+    reference = partial(subspace_attention_reference, scale=scale)
     truth = gradients(reference, [w.double()], grad.double())
-    return is_right(actual, gradients(reference, [w], grad), truth, "O dW")
+    return is_right(attend(w, grad, scale=scale, **options), gradients(reference, [w], grad), truth, "O dW")
 
 
-ROW_SHAPES = [  # [B, N, H, D]
-    *itertools.product([(2, 1, 2, 8), (1, 15, 6, 32), (1, 16, 12, 48), (2, 17, 1, 80)], [SINGLE, HALF]),
-    *itertools.product([(1, 64, 1, 128), (1, 65, 2, 64), (2, 197, 1, 64)], [SINGLE, HALF]),
-    ((1, 196, 1, 48), HALF),
-    ((1, 785, 1, 64), HALF),
-]
-WHOLE_SHAPES = [  # one to three blocks; a remainder of no key, one key, or several blocks of keys, full or not
-    *[((1, n, 1, 64), SINGLE) for n in (64, 65, 101, 130, 180, 192, 197, 207, 209, 226, 256)],
-    *[((1, n, 1, 48), SINGLE) for n in (65, 240)],
-    *[((1, n, 2, 64), HALF) for n in (65, 197, 226)],
-    ((1, 197, 2, 48), HALF),
+ATTENTION = [  # schedule, [B, N, H, D], dtype, options of `tokens_and_gradient`
+    *itertools.product(
+        [by_rows], [(2, 1, 2, 8), (1, 15, 6, 32), (1, 16, 12, 48), (2, 17, 1, 80)], [SINGLE, HALF], [{}]
+    ),
+    *itertools.product([by_rows], [(1, 64, 1, 128), (1, 65, 2, 64), (2, 197, 1, 64)], [SINGLE, HALF], [{}]),
+    *((by_rows, shape, HALF, {}) for shape in ((1, 196, 1, 48), (1, 785, 1, 64))),
+    # one to three blocks; a remainder of no key, one key, or several blocks of keys, full or not
+    *((whole_heads, (1, n, 1, 64), SINGLE, {}) for n in (64, 65, 101, 130, 180, 192, 197, 207, 209, 226, 256)),
+    *((whole_heads, (1, n, 1, 48), SINGLE, {}) for n in (65, 240)),
+    *((whole_heads, (1, n, 2, d), HALF, {}) for n, d in ((65, 64), (197, 64), (226, 64), (197, 48))),
+    # uniform, saturated and shifted: if every token attends only to itself, dO·W − δ must be zero
+    *itertools.product([by_rows], [(4, 65, 1, 64)], [SINGLE, HALF], [{"offset": 1.0}, {"offset": 10.0}]),
+    (by_rows, (4, 65, 1, 64), SINGLE, {"factor": 3.0}),
+    *((whole_heads, (1, 197, 2, 64), HALF, {"factor": factor}) for factor in (0.3, 1.5, 2.0, 3.0)),
+    (whole_heads, (1, 197, 2, 64), HALF, {"offset": 1.0}),
+    # a row's own logit replaces the maximum, and one exponential gives two weights, only for small spreads of norms
+    *((by_rows, (1, 197, 1, 64), HALF, {"spread": spread}) for spread in (1.0, 30.0, 100.0, 300.0)),
+    (by_rows, (1, 197, 1, 64), SINGLE, {"spread": 1e4}),
 ]
 
 
 @pytest.mark.parametrize(
-    ("attend", "shape", "dtype"),
-    [(by_rows, *case) for case in ROW_SHAPES] + [(whole_heads, *case) for case in WHOLE_SHAPES],
-    ids=lambda value: getattr(value, "__name__", str(value)),
+    ("attend", "shape", "dtype", "drawn"), ATTENTION, ids=lambda value: getattr(value, "__name__", str(value))
 )
-def test_attention_of_every_size_is_right(attend, shape, dtype, device, poisoned):
-    assert _attention_is_right(attend, *tokens_and_gradient(shape, dtype, device))
+def test_attention_of_every_size_and_spread_is_right(attend, shape, dtype, drawn, device, poisoned):
+    assert _attention_is_right(attend, *tokens_and_gradient(shape, dtype, device, **drawn))
 
 
 @pytest.mark.parametrize("blocks", ROW_TILES, ids=str)
@@ -88,46 +88,33 @@ def test_attention_with_every_tile_of_the_table_is_right(n_tokens, blocks, devic
     assert _attention_is_right(by_rows, w, grad, tile=Tile(*blocks, num_warps=8, num_stages=1))
 
 
-@pytest.mark.parametrize(
-    ("attend", "dtype", "factor", "offset"),
-    [
-        *itertools.product([by_rows], [SINGLE, HALF], [1.0], [1.0, 10.0]),
-        (by_rows, SINGLE, 3.0, 0.0),
-        *itertools.product([whole_heads], [HALF], [0.3, 1.5, 2.0, 3.0], [0.0]),
-        (whole_heads, HALF, 1.0, 1.0),
-    ],
-)
-def test_uniform_saturated_and_shifted_attention_is_right(attend, dtype, factor, offset, device, poisoned):
-    """If every token attends only to itself, dO·W − δ must be zero."""
-    w, grad = tokens_and_gradient((4, 65, 1, 64) if attend is by_rows else (1, 197, 2, 64), dtype, device)
-    assert _attention_is_right(attend, factor * w + offset, grad)
+@pytest.mark.parametrize(("attend", "dtype"), [(by_rows, SINGLE), (whole_heads, HALF)])
+@pytest.mark.parametrize("scale", [0.0, 0.02, 1.0])
+def test_attention_with_every_scale_is_right(scale, attend, dtype, device, poisoned):
+    w, grad = tokens_and_gradient((1, 130, 2, 32), dtype, device, factor=(32**-0.5 / max(scale, 0.02)) ** 0.5)
+    assert _attention_is_right(attend, w, grad, scale)
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
 def test_logits_that_overflow_half_precision_give_accurate_outputs(dtype, device, poisoned):
     """|w|² is 6·10⁵. Logits of 8·10⁴ are rounded to 0.01, so that fp32 cannot order nearly equal ones."""
-    w, grad = tokens_and_gradient((4, 65, 1, 64), dtype, device)
-    out, dw = by_rows(w + 100, grad)
-    truth = subspace_attention_reference((w + 100).double())
-    assert (out - truth).abs().max() <= 0.05 + 100 * torch.finfo(dtype).eps
+    w, grad = tokens_and_gradient((4, 65, 1, 64), dtype, device, offset=100.0)
+    out, dw = by_rows(w, grad)
+    assert (out - subspace_attention_reference(w.double())).abs().max() <= 0.05 + 100 * torch.finfo(dtype).eps
     assert dw.isfinite().all()
 
 
-@pytest.mark.parametrize(("attend", "dtype"), [(by_rows, SINGLE), (whole_heads, HALF)])
-@pytest.mark.parametrize("scale", [0.0, 0.02, 1.0])
-def test_attention_with_every_scale_is_right(scale, attend, dtype, device, poisoned):
-    w, grad = tokens_and_gradient((1, 130, 2, 32), dtype, device)
-    w = w * token_scale(130, 32, max(scale, 0.02)) / token_scale(130, 32)
-    assert _attention_is_right(attend, w, grad, scale)
+def test_norms_for_which_eager_float16_overflows_are_right(device, poisoned):
+    w, grad = tokens_and_gradient((1, 197, 1, 64), HALF, device, spread=1e4)
+    out, dw = by_rows(w, grad)
+    truth = subspace_attention_reference(w.double())
+    assert (out.double() - truth).norm() <= 1e-3 * truth.norm()
+    assert dw.isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("attend", "dtype", "tolerance"),
-    [
-        (by_rows, SINGLE, 1e-5),
-        (by_rows, HALF, 1e-5),
-        (whole_heads, HALF, 2**-11 / 0.69),  # sums of weights that are rounded to float16
-    ],
+    ("attend", "dtype", "tolerance"),  # whole heads sum weights that are rounded to float16
+    [(by_rows, SINGLE, 2e-5), (by_rows, HALF, 2e-5), (whole_heads, HALF, 2**-11 / 0.69 + 1e-5)],
 )
 def test_the_log_sum_exp_is_accurate(attend, dtype, tolerance, device, poisoned):
     w, _ = tokens_and_gradient((1, 197, 2, 64), dtype, device)
@@ -139,7 +126,7 @@ def test_the_log_sum_exp_is_accurate(attend, dtype, tolerance, device, poisoned)
     heads = w.double().transpose(1, 2)
     truth = (0.125 * heads @ heads.transpose(-1, -2)).logsumexp(-1) / torch.tensor(2.0).double().log()
     assert lse.dtype == torch.float32
-    torch.testing.assert_close(lse.double(), truth, rtol=1e-5, atol=tolerance + 1e-5)
+    torch.testing.assert_close(lse.double(), truth, rtol=1e-5, atol=tolerance)
 
 
 @both_schedules
@@ -151,62 +138,35 @@ def test_a_nan_token_is_not_hidden(attend, device):
         assert result[0, :, 1].isfinite().all()
 
 
-@pytest.mark.parametrize("spread", [1.0, 30.0, 100.0, 300.0])
-def test_tokens_with_norms_of_every_numerical_case_are_right(spread, device, poisoned):
-    """A row's own logit replaces the maximum, and one exponential gives two weights, only for small spreads."""
-    w, grad = spread_tokens((1, 197, 1, 64), spread, HALF, device)
-    assert _attention_is_right(by_rows, w, grad)
-
-
-def test_tokens_with_norms_a_factor_of_ten_thousand_apart_are_right(device, poisoned):
-    """Eager float16 overflows here, so the float16 results are compared with float64."""
-    w, grad = spread_tokens((1, 197, 1, 64), 1e4, SINGLE, device)
-    assert _attention_is_right(by_rows, w, grad)
-    out, dw = by_rows(w.half(), grad.half())
-    truth = subspace_attention_reference(w.half().double())
-    assert (out.double() - truth).norm() <= 1e-3 * truth.norm()
-    assert dw.isfinite().all()
-
-
-def _refused(w: Tensor, grad: Tensor) -> tuple[int, int]:
+def _refused(w: Tensor, grad: Tensor) -> tuple[int, ...]:
     """Count the heads that the first launches of whole heads leave to the second, forward and backward."""
     out, lse = attention.forward(w, 0.125, FORWARD)
     dw, d = torch.empty_like(w), torch.empty_like(lse)
-    counts = []
-    for plan in (
-        lambda refused: whole_head.plan_forward(w, out, lse, refused, 0.125, FORWARD),
-        lambda refused: whole_head.plan_backward(grad, w, out, lse, dw, d, refused, 0.125, BACKWARD),
-    ):
-        refused = torch.full((w.shape[0] * w.shape[2],), 9, dtype=torch.int32, device=w.device)
-        plan(refused).run()
-        assert set(refused.tolist()) <= {0, 1}
-        counts.append(int(refused.sum()))
-    return counts[0], counts[1]
+    refused = torch.full((2, w.shape[0] * w.shape[2]), 9, dtype=torch.int32, device=w.device)
+    whole_head.plan_forward(w, out, lse, refused[0], 0.125, FORWARD).run()
+    whole_head.plan_backward(grad, w, out, lse, dw, d, refused[1], 0.125, BACKWARD).run()
+    assert set(refused.flatten().tolist()) <= {0, 1}
+    return tuple(refused.sum(1).tolist())
 
 
 @pytest.mark.parametrize(
     ("spread", "dtype", "heads"),
     [
-        (1.0, HALF, (0, 0)),
-        (3.0, HALF, (0, 0)),
-        (30.0, HALF, (2, 2)),
-        (300.0, HALF, (2, 2)),
+        *((spread, HALF, (0, 0)) for spread in (1.0, 3.0)),
+        *((spread, HALF, (2, 2)) for spread in (30.0, 300.0)),
         (17.0, SINGLE, (0, 2)),
-        (100.0, SINGLE, (2, 2)),
-        (1e4, SINGLE, (2, 2)),
+        *((spread, SINGLE, (2, 2)) for spread in (100.0, 1e4)),
+        ("in one head", HALF, (1, 1)),
     ],
 )
 def test_whole_heads_are_refused_by_their_spread(spread, dtype, heads, device, poisoned):
-    w, grad = spread_tokens((1, 197, 2, 64), spread, dtype, device)
-    w = w * 0.8 if spread == 3.0 else w
+    if spread == "in one head":
+        w, grad = tokens_and_gradient((1, 197, 3, 64), dtype, device)
+        w[:, 5, 1] *= 8
+    else:
+        w, grad = tokens_and_gradient((1, 197, 2, 64), dtype, device, spread=spread)
+        w = w * 0.8 if spread == 3.0 else w
     assert _refused(w, grad) == heads
-    assert _attention_is_right(whole_heads, w, grad)
-
-
-def test_one_head_of_several_is_refused(device, poisoned):
-    w, grad = tokens_and_gradient((1, 197, 3, 64), HALF, device)
-    w[:, 5, 1] *= 8
-    assert _refused(w, grad) == (1, 1)
     assert _attention_is_right(whole_heads, w, grad)
 
 
@@ -244,39 +204,32 @@ def test_an_image_too_large_to_address_is_an_error(device):
         attention.forward(w, 0.125)
 
 
+BF16, WAYS = torch.bfloat16, ["forward", "backward"]
+
+
 @pytest.mark.parametrize(
-    ("n_tokens", "head_dim", "dtype", "forward", "backward"),
+    ("sizes", "dtype", "ways"),
     [
-        (63, 64, torch.bfloat16, False, False),
-        (180, 64, torch.bfloat16, True, True),
-        (256, 64, torch.bfloat16, True, True),
-        (257, 64, torch.bfloat16, False, False),
-        (197, 64, HALF, True, False),
-        (197, 48, torch.bfloat16, True, True),
-        (240, 48, torch.bfloat16, True, True),
-        (241, 48, torch.bfloat16, True, False),
-        (197, 40, torch.bfloat16, True, False),
-        (197, 32, torch.bfloat16, False, False),
-        (197, 80, torch.bfloat16, False, False),
-        (197, 64, SINGLE, False, False),
+        ([(180, 64), (256, 64), (197, 48), (240, 48)], BF16, WAYS),
+        ([(241, 48), (197, 40)], BF16, ["forward"]),
+        ([(63, 64), (257, 64), (197, 32), (197, 80)], BF16, []),
+        ([(197, 64)], HALF, ["forward"]),
+        ([(197, 64)], SINGLE, []),
     ],
+    ids=str,
 )
-def test_which_shapes_run_by_whole_heads(n_tokens, head_dim, dtype, forward, backward):
-    w = torch.empty(1, n_tokens, 1, head_dim, dtype=dtype)
-    found = [attention._whole_head_tile(f"whole_head_{way}", w, None) is not None for way in ("forward", "backward")]
-    assert found == [forward, backward]
-
-
-def test_a_given_tile_or_float16_backward_runs_by_blocks_of_rows(device, monkeypatch):
+def test_which_shapes_run_by_whole_heads(sizes, dtype, ways, monkeypatch):
     called = []
-    for way in ("forward", "backward"):
+    for way in WAYS:
         monkeypatch.setattr(whole_head, way, lambda *args, way=way: called.append(way))
-    w = torch.zeros(1, 197, 1, 64, dtype=HALF, device=device)
-    attention.forward(w, 0.125)
-    assert called == ["forward"]
-    attention.forward(w, 0.125, FORWARD)  # a tile for blocks of rows
-    attention.backward(w, w, w, torch.zeros(1, 1, 197, device=device), 0.125)  # float16
-    assert called == ["forward"]
+        monkeypatch.setattr(attention, f"plan_{way}", lambda *args: Namespace(run=lambda: None))
+    for n_tokens, head_dim in sizes:
+        called.clear()
+        w = torch.empty(1, n_tokens, 1, head_dim, dtype=dtype)
+        for tile in (None, FORWARD):  # a given tile is for blocks of rows
+            attention.forward(w, 0.125, tile)
+            attention.backward(w, w, w, torch.empty(1, 1, n_tokens), 0.125, tile)
+        assert called == ways
 
 
 ROW_MUTANTS = {  # (code of the kernel, its replacement)
@@ -300,13 +253,13 @@ ROW_MUTANTS = {  # (code of the kernel, its replacement)
     ),
 }
 BOTH_WEIGHTS = "both * factor_rows[:, None]", "both * tl.exp2(shift - lse_cols)[None, :]"
-SWITCH_MUTANTS = {  # (largest norm over smallest, code of the kernel, its replacement), in float16
-    "never a running maximum": (100.0, "row_sum <= LARGEST_SUM)", "row_sum > -1.0)"),
-    "always one exponential": (100.0, "spread <= LARGEST_SPREAD", "spread >= 0.0"),
-    "P_ij with the columns' factor": (1.0, *BOTH_WEIGHTS),
-    "P_ji with the rows' factor": (1.0, *reversed(BOTH_WEIGHTS)),
-    "δ of the columns forgotten": (1.0, "delta_cols = scale * tl.sum", "delta_cols = 0.0 * tl.sum"),
-    "δ of the rows forgotten": (1.0, "delta_rows = head.scale_log2", "delta_rows = 0.0"),
+ROW_MUTANTS |= {  # of the switches, in float16: also the largest norm over the smallest
+    "never a running maximum": ("row_sum <= LARGEST_SUM)", "row_sum > -1.0)", 100.0),
+    "always one exponential": ("spread <= LARGEST_SPREAD", "spread >= 0.0", 100.0),
+    "P_ij with the columns' factor": (*BOTH_WEIGHTS, 1.0),
+    "P_ji with the rows' factor": (*reversed(BOTH_WEIGHTS), 1.0),
+    "δ of the columns forgotten": ("delta_cols = scale * tl.sum", "delta_cols = 0.0 * tl.sum", 1.0),
+    "δ of the rows forgotten": ("delta_rows = head.scale_log2", "delta_rows = 0.0", 1.0),
 }
 WHOLE_MUTANTS = {
     "a padding key counted": ("tl.arange(0, KEYS) < N_TOKENS)[", "tl.arange(0, KEYS) < 999)["),
@@ -334,85 +287,68 @@ WHOLE_MUTANTS = {
 
 @pytest.mark.parametrize("name", ROW_MUTANTS)
 def test_mutants_of_blocks_of_rows_fail(name, device, tmp_path):
-    w, grad = tokens_and_gradient((1, 130, 1, 32), SINGLE, device)
-    assert not _attention_is_right(by_rows, w, grad, module=mutant(attention, ROW_MUTANTS[name], tmp_path))
-
-
-@pytest.mark.parametrize("name", SWITCH_MUTANTS)
-def test_mutants_of_the_switches_fail(name, device, tmp_path):
-    spread, *mutation = SWITCH_MUTANTS[name]
-    w, grad = spread_tokens((1, 197, 1, 32), spread, HALF, device)
+    *mutation, spread = ROW_MUTANTS[name] if len(ROW_MUTANTS[name]) == 3 else (*ROW_MUTANTS[name], None)
+    shape, dtype = ((1, 130, 1, 32), SINGLE) if spread is None else ((1, 197, 1, 32), HALF)
+    w, grad = tokens_and_gradient(shape, dtype, device, spread=spread)
     assert not _attention_is_right(by_rows, w, grad, module=mutant(attention, mutation, tmp_path))
 
 
 @pytest.mark.parametrize("name", WHOLE_MUTANTS)
 def test_mutants_of_whole_heads_fail(name, device, tmp_path, poisoned):
-    n_tokens = 226 if "keys of the rest" in name else 197
-    spread = 300.0 if "refusal" in name else None
-    shape, module = (1, n_tokens, 1, 64), mutant(whole_head, WHOLE_MUTANTS[name], tmp_path)
-    w, grad = tokens_and_gradient(shape, SINGLE, device)
-    w, grad = (w, grad) if spread is None else spread_tokens(shape, spread, SINGLE, device)
+    shape = (1, 226 if "keys of the rest" in name else 197, 1, 64)
+    w, grad = tokens_and_gradient(shape, SINGLE, device, spread=300.0 if "refusal" in name else None)
+    module = mutant(whole_head, WHOLE_MUTANTS[name], tmp_path)
     assert not _attention_is_right(whole_heads, w, grad, module=module)
 
 
 SIZES = [((1, 32), "relu"), ((15, 48), "soft"), ((197, 96), "relu"), ((197, 96), "soft"), ((130, 33), "relu")]  # M, C
 
 
-def _inputs(size, dtype, device) -> list[Tensor]:
-    """x, γ, β and D."""
+def _inputs(size, dtype, device, norm: bool = True) -> list[Tensor]:
+    """x, γ, β and D, or x and D."""
     rows, width = size
     x, dictionary = torch.randn(rows, width) * 2 + 1, torch.randn(width, width) / width**0.5
     gamma, beta = 1 + 0.3 * torch.randn(width), 0.3 * torch.randn(width)
-    return [t.to(dtype).to(device) for t in (x, gamma, beta, dictionary)]
+    return [t.to(dtype).to(device) for t in ((x, gamma, beta, dictionary) if norm else (x, dictionary))]
 
 
-def _results(inputs: list[Tensor], with_norm: bool, grad: Tensor, ours: bool = True, **options) -> list[Tensor]:
-    """Return y and the gradients of x, (γ, β) and D, from the kernels or from the reference."""
-    if ours:
-        function = partial(functional.norm_ista if with_norm else functional.ista, backend="triton", **options)
-    else:
-        function = partial(norm_ista_reference if with_norm else ista_reference, **options)
-    return gradients(function, inputs if with_norm else inputs[::3], grad)
+def _results(inputs: list[Tensor], grad: Tensor, ours: bool = True, **options) -> list[Tensor]:
+    functions = (ista_reference, functional.ista) if len(inputs) == 2 else (norm_ista_reference, functional.norm_ista)
+    options |= {"backend": "triton"} if ours else {}
+    return gradients(partial(functions[ours], **options), inputs, grad)
 
 
-def _ista_is_right(
-    inputs: list[Tensor],
-    threshold: str = "relu",
-    with_norm: bool = False,
-    autocast: bool = False,
-    grad: Tensor | None = None,
-) -> bool:
+def _ista_is_right(inputs: list[Tensor], threshold="relu", autocast=False, grad: Tensor | None = None) -> bool:
     """Return True if the results are right. Under autocast, eager has float16 products and fp32 for the rest."""
-    x, gamma, beta, dictionary = (tensor.double() for tensor in inputs)
+    x, *norm, dictionary = wide = [tensor.double() for tensor in inputs]
     if grad is None:  # zero where rounding decides whether ISTA's output is zero
-        tokens = F.layer_norm(x, x.shape[-1:], gamma, beta) if with_norm else x
-        margin = 16 * torch.finfo(torch.float16 if autocast else inputs[0].dtype).eps
+        tokens = F.layer_norm(x, x.shape[-1:], *norm) if norm else x
+        margin = 16 * torch.finfo(HALF if autocast else inputs[0].dtype).eps
         grad = torch.randn(x.shape, device=x.device).to(inputs[0].dtype)
         grad = clear_of_threshold(grad, tokens, dictionary, margin=margin)
-    options = {"with_norm": with_norm, "threshold": threshold}
-    truth = _results([x, gamma, beta, dictionary], grad=grad.double(), ours=False, **options)
-    with torch.autocast(x.device.type, torch.float16, enabled=autocast):
-        actual, eager = (_results(inputs, grad=grad, ours=ours, **options) for ours in (True, False))
+    truth = _results(wide, grad.double(), ours=False, threshold=threshold)
+    with torch.autocast(x.device.type, HALF, enabled=autocast):
+        actual, eager = (_results(inputs, grad, ours, threshold=threshold) for ours in (True, False))
     judge = all_within_twice_eager if autocast else is_right
-    return judge(actual, eager, truth, "y dx dγ dβ dD" if with_norm else "y dx dD")
+    return judge(actual, eager, truth, "y dx dγ dβ dD" if norm else "y dx dD")
 
 
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
 @pytest.mark.parametrize(("size", "threshold"), SIZES, ids=str)
 def test_ista_agrees_with_the_reference(size, dtype, threshold, with_norm, device, poisoned):
-    assert _ista_is_right(_inputs(size, dtype, device), threshold, with_norm)
+    assert _ista_is_right(_inputs(size, dtype, device, with_norm), threshold)
 
 
-@pytest.mark.parametrize(("size", "threshold"), [((70, 48), "soft"), ((197, 96), "relu")], ids=str)
-def test_norm_ista_under_autocast_agrees_with_the_reference(size, threshold, device, poisoned):
-    assert _ista_is_right(_inputs(size, torch.float32, device), threshold, with_norm=True, autocast=True)
+def test_norm_ista_under_autocast_agrees_with_the_reference(device, poisoned):
+    for size, threshold in (((70, 48), "soft"), ((197, 96), "relu")):
+        assert _ista_is_right(_inputs(size, SINGLE, device), threshold, autocast=True)
 
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_values_that_round_to_zero_pass_no_gradient(soft, device, poisoned):
-    x = torch.full((16, 32), 0.01, dtype=torch.float16, device=device)
-    y, nonzero = ista.forward(x, x, torch.zeros(32, 32, dtype=x.dtype, device=device), x[0, 0].item() - 1e-8, soft)
+    x = torch.full((16, 32), 0.01, dtype=HALF, device=device)
+    y, nonzero = ista.forward(x, x, torch.zeros(32, 32, dtype=HALF, device=device), x[0, 0].item() - 1e-8, soft)
     assert y.count_nonzero() == nonzero.count_nonzero() == 0
 
 
@@ -425,35 +361,32 @@ def _use_tile(tile: Tile, monkeypatch) -> None:
 @pytest.mark.parametrize("blocks", PRODUCT_TILES, ids=str)
 def test_every_product_tile_of_the_table_is_right(blocks, persistent, device, poisoned, monkeypatch):
     """Three ragged rows of tiles and two columns, or one column of a wide tile; persistent tiles have a LayerNorm."""
-    tile = Tile(*blocks[:2], num_warps=8, num_stages=1, block_k=blocks[2], persistent=persistent)
-    _use_tile(tile, monkeypatch)
-    size = (2 * tile.block_m + 5, min(192, 3 * tile.block_n // 2))
-    assert _ista_is_right(_inputs(size, torch.float16, device), with_norm=persistent)
+    _use_tile(Tile(*blocks[:2], num_warps=8, num_stages=1, block_k=blocks[2], persistent=persistent), monkeypatch)
+    size = (2 * blocks[0] + 5, min(192, 3 * blocks[1] // 2))
+    assert _ista_is_right(_inputs(size, HALF, device, norm=persistent))
 
 
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
 def test_strided_and_expanded_matrices_give_right_results(with_norm, device, poisoned):
-    x, gamma, beta, dictionary = _inputs((64, 96), torch.float32, device)
-    strided = [x.t().contiguous().t(), gamma, beta, dictionary.t().contiguous().t()]
-    assert _ista_is_right(strided, with_norm=with_norm, grad=torch.randn(1, 96, device=device).expand(64, -1))
+    inputs = _inputs((64, 96), SINGLE, device, with_norm)
+    strided = [tensor.t().contiguous().t() for tensor in inputs]
+    assert _ista_is_right(strided, grad=torch.randn(1, 96, device=device).expand(64, -1))
 
 
-@pytest.mark.parametrize("offset", [10.0, 1000.0])
-def test_layer_norm_of_large_offsets_is_accurate(offset, device, poisoned):
-    x, *rest = _inputs((64, 96), torch.float32, device)
-    assert _ista_is_right([x + offset, *rest], with_norm=True)
-
-
-def test_results_of_constant_rows_are_finite(device):
-    x, *rest = _inputs((16, 64), torch.float32, device)
-    assert all(result.isfinite().all() for result in _results([x * 0 + 3, *rest], True, torch.randn_like(x)))
+def test_layer_norm_of_large_offsets_and_with_more_rows_than_programs_is_right(device, monkeypatch, poisoned):
+    for offset in (10.0, 1000.0):
+        x, *rest = _inputs((64, 96), SINGLE, device)
+        assert _ista_is_right([x + offset, *rest])
+    monkeypatch.setattr(layer_norm, "MAX_PROGRAMS", 2)
+    assert _ista_is_right(_inputs((197, 96), SINGLE, device))
 
 
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
-def test_a_nan_row_is_not_hidden(with_norm, device):
-    x, *rest = _inputs((64, 96), torch.float32, device)
+def test_a_nan_row_is_not_hidden_and_results_of_constant_rows_are_finite(with_norm, device):
+    x, *rest = _inputs((64, 96), SINGLE, device, with_norm)
+    assert all(result.isfinite().all() for result in _results([x * 0 + 3, *rest], torch.randn_like(x)))
     x[5, 0] = torch.nan
-    y, grad_x, *_, grad_dictionary = _results([x, *rest], with_norm, torch.randn_like(x))
+    y, grad_x, *_, grad_dictionary = _results([x, *rest], torch.randn_like(x))
     assert y[5].isnan().all()
     assert y[4].isfinite().all()
     assert grad_dictionary.isnan().any()
@@ -504,16 +437,11 @@ def test_mutants_of_ista_fail(name, device, tmp_path, monkeypatch, poisoned):
     monkeypatch.setattr(kernels.layer_norm, "MAX_PROGRAMS", 2)
     _use_tile(Tile(64, 128, 4, 1, 32, persistent=True), monkeypatch)
     autocast = "fp32" in name
-    dtype = torch.float32 if module is layer_norm or autocast else torch.float16
-    assert not _ista_is_right(_inputs((300, 96), dtype, device), with_norm=True, autocast=autocast)
+    inputs = _inputs((300, 96), SINGLE if module is layer_norm or autocast else HALF, device)
+    assert not _ista_is_right(inputs, autocast=autocast)
 
 
-def test_layer_norm_with_more_rows_than_programs_is_right(device, monkeypatch, poisoned):
-    monkeypatch.setattr(layer_norm, "MAX_PROGRAMS", 2)
-    assert _ista_is_right(_inputs((197, 96), torch.float32, device), with_norm=True)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
 @pytest.mark.parametrize("width", [32, 100])
 def test_a_folded_dictionary_and_its_gradient_are_right(width, dtype, device, poisoned):
     dictionary = (torch.randn(width, width) / width**0.5).to(dtype).to(device)
@@ -529,9 +457,7 @@ def test_a_folded_dictionary_and_its_gradient_are_right(width, dtype, device, po
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 100), (192, 33)], ids=str)
 def test_a_layer_norm_folded_into_a_weight_is_right(size, device, poisoned):
-    """For any strides; the gradients equal autograd's."""
-    drawn = (torch.randn(shape, device=device, requires_grad=True) for shape in (size, size[1:], size[1:]))
-    weight, gamma, beta = drawn
+    weight, gamma, beta = (torch.randn(s, device=device, requires_grad=True) for s in (size, size[1:], size[1:]))
     base, *grads = (torch.randn(shape, device=device) for shape in (size[:1], size, size[:1]))
     expected = [weight * gamma, weight @ beta]
     for given in (weight.detach(), weight.detach().t().contiguous().t()):
@@ -561,5 +487,5 @@ def test_weight_mutants_fail(name, device, tmp_path, monkeypatch):
     for function in ("fold", "fold_backward", "scale", "unscale"):
         monkeypatch.setattr(folding, function, getattr(changed, function))
     with pytest.raises(AssertionError):  # noqa: PT012  (one of the two fails)
-        test_a_folded_dictionary_and_its_gradient_are_right(100, torch.float32, device, None)
+        test_a_folded_dictionary_and_its_gradient_are_right(100, SINGLE, device, None)
         test_a_layer_norm_folded_into_a_weight_is_right((192, 33), device, None)

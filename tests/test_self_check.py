@@ -1,11 +1,11 @@
-"""The check at the first launch of a kernel variant: wrong kernels are errors, right ones are checked once.
-
-Kernels run in Triton's interpreter; faults change the output of a launch.
-"""
+"""The check at the first launch of a kernel variant: wrong kernels are errors, right ones are checked once."""
 
 import importlib
+import itertools
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from crate_fast.kernels.launch import Launch, Tile
 from crate_fast.kernels.layer_norm import Norm
 from crate_fast.self_check import checked
 
+HALF, SINGLE = torch.float16, torch.float32
 KERNELS = list(self_check._CHECKS)
 NORMED = {"layer_norm.backward", "ista.forward", "ista.masked_gradient", "product.product"}  # with and without a norm
 
@@ -29,7 +30,7 @@ def _function(name: str):
     return getattr(importlib.import_module(f"crate_fast.kernels.{module}"), function)
 
 
-def _arguments(name: str, device, dtype=torch.float16, rows: int = 40, width: int = 64, product=None, norm=True):
+def _arguments(name: str, device, dtype=HALF, rows: int = 40, width: int = 64, product=None, norm=True):
     """Return a kernel's arguments: `rows` tokens in two heads for attention, `rows` rows for the others."""
     product = product or dtype
 
@@ -62,14 +63,18 @@ def _arguments(name: str, device, dtype=torch.float16, rows: int = 40, width: in
 
 def _call(name: str, arguments: tuple, call=checked):
     """Call `checked` with a kernel's function and its arguments, of which a last dictionary holds options."""
-    *arguments, options = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
+    arguments, options = _with_options(arguments)
     return call(_function(name), *arguments, **options)
 
 
-def _shares(name: str, device, arguments: tuple) -> dict[str, float]:
-    *arguments, options = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
-    small, options = self_check._small(name, device, arguments, options)
-    return self_check._shares(name, _function(name), small, options)
+def _with_options(arguments: tuple) -> tuple[tuple, dict]:
+    return (arguments[:-1], arguments[-1]) if isinstance(arguments[-1], dict) else (arguments, {})
+
+
+def _share(name: str, device, *more) -> float:
+    """Return the worst error of a kernel relative to the allowed error; `more` are arguments of `_arguments`."""
+    small, options = self_check._small(name, device, *_with_options(_arguments(name, device, *more)))
+    return max(self_check._shares(name, _function(name), small, options).values())
 
 
 @pytest.fixture(autouse=True)
@@ -96,77 +101,55 @@ def tf32(monkeypatch):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The list of launches so far; entries of its `faults` change the output of a kernel."""
+    """The list of launches so far; its `fault` (kernel, argument, change) changes the output of a kernel."""
 
     class Launches(list):
-        faults = ()
+        fault = ("none", "", None)
 
     run, seen = Launch.run, Launches()
 
     def recorded(launch):
         seen.append(launch)
         run(launch)
-        for kernel, argument, fault in seen.faults:
-            if kernel in launch.kernel.__name__ and isinstance(launch.arguments.get(argument), Tensor):
-                fault(launch.arguments[argument])
+        kernel, argument, change = seen.fault
+        if kernel in launch.kernel.__name__ and isinstance(launch.arguments.get(argument), Tensor):
+            change(launch.arguments[argument])
 
     monkeypatch.setattr(Launch, "run", recorded)
     return seen
 
 
-def _scale(tensor):
-    tensor.mul_(1.05)
-
-
-def _forget_a_row(tensor):
-    tensor.view(-1, tensor.shape[-1])[-1] = 0
-
-
-def _forget_a_corner(tensor):
-    tensor[..., -16:, -16:] = 0
-
-
-def _flip(tensor):
-    tensor[0, 0] = 1 - tensor[0, 0]
+CHANGES = {
+    "scaled": lambda tensor: tensor.mul_(1.05),
+    "without its last row": lambda tensor: tensor.view(-1, tensor.shape[-1])[-1].zero_(),
+    "without a corner": lambda tensor: tensor[..., -16:, -16:].zero_(),
+    "flipped": lambda tensor: tensor[0, 0].mul_(-1).add_(1),
+}
+FAULTS = {  # function and kernel: arguments that are changed after the launch
+    "attention.forward fwd": {"scaled": ["out_ptr", "lse_ptr"], "without its last row": ["out_ptr"]},
+    "attention.backward bwd": {"scaled": ["dw_ptr"], "without its last row": ["dw_ptr"]},
+    "layer_norm.normalize normalize": {"scaled": ["rstd_ptr"], "without its last row": ["normed_ptr"]},
+    "layer_norm.backward layer_norm": {"scaled": ["dx_ptr", "partial_ptr"], "without its last row": ["normed_ptr"]},
+    "folding.fold fold": {"scaled": ["folded_ptr"], "without a corner": ["folded_ptr"]},
+    "folding.fold_backward fold": {"scaled": ["out_ptr"]},
+    "folding.scale scale": {"scaled": ["scaled_ptr", "offset_ptr"]},
+    "folding.unscale unscale": {"scaled": ["dgamma_ptr", "dbeta_ptr"], "without a corner": ["dweight_ptr"]},
+    "ista.forward product": {"scaled": ["out_ptr"], "without a corner": ["out_ptr"], "flipped": ["nonzero_ptr"]},
+    "ista.forward scale": {"scaled": ["offset_ptr"]},
+    "ista.masked_gradient masked": {"scaled": ["partial_ptr"], "without a corner": ["masked_ptr"]},
+    "ista.backward_input product": {"scaled": ["out_ptr"], "without a corner": ["out_ptr"]},
+    "product.product product": {"without its last row": ["out_ptr"]},
+    "product.weight_gradient weight_gradient": {"scaled": ["partial_ptr"], "without a corner": ["partial_ptr"]},
+}
 
 
 @pytest.mark.parametrize(
-    ("name", "kernel", "argument", "fault"),
-    [
-        ("attention.forward", "fwd", "out_ptr", _scale),
-        ("attention.forward", "fwd", "out_ptr", _forget_a_row),
-        ("attention.forward", "fwd", "lse_ptr", _scale),
-        ("attention.backward", "bwd", "dw_ptr", _scale),
-        ("attention.backward", "bwd", "dw_ptr", _forget_a_row),
-        ("layer_norm.normalize", "normalize", "normed_ptr", _forget_a_row),
-        ("layer_norm.normalize", "normalize", "rstd_ptr", _scale),
-        ("layer_norm.backward", "layer_norm", "dx_ptr", _scale),
-        ("layer_norm.backward", "layer_norm", "partial_ptr", _scale),
-        ("layer_norm.backward", "layer_norm", "normed_ptr", _forget_a_row),
-        ("folding.fold", "fold", "folded_ptr", _scale),
-        ("folding.fold", "fold", "folded_ptr", _forget_a_corner),
-        ("folding.fold_backward", "fold", "out_ptr", _scale),
-        ("folding.scale", "scale", "scaled_ptr", _scale),
-        ("folding.scale", "scale", "offset_ptr", _scale),
-        ("folding.unscale", "unscale", "dweight_ptr", _forget_a_corner),
-        ("folding.unscale", "unscale", "dgamma_ptr", _scale),
-        ("folding.unscale", "unscale", "dbeta_ptr", _scale),
-        ("ista.forward", "product", "out_ptr", _scale),
-        ("ista.forward", "product", "out_ptr", _forget_a_corner),
-        ("ista.forward", "product", "nonzero_ptr", _flip),
-        ("ista.forward", "scale", "offset_ptr", _scale),
-        ("ista.masked_gradient", "masked", "masked_ptr", _forget_a_corner),
-        ("ista.masked_gradient", "masked", "partial_ptr", _scale),
-        ("ista.backward_input", "product", "out_ptr", _scale),
-        ("ista.backward_input", "product", "out_ptr", _forget_a_corner),
-        ("product.product", "product", "out_ptr", _forget_a_row),
-        ("product.weight_gradient", "weight_gradient", "partial_ptr", _scale),
-        ("product.weight_gradient", "weight_gradient", "partial_ptr", _forget_a_corner),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value.__name__.strip("_"),
+    ("launched", "argument", "change"),
+    [(one, name, change) for one, faults in FAULTS.items() for change, names in faults.items() for name in names],
 )
-def test_a_wrong_kernel_is_an_error_at_its_first_launch(name, kernel, argument, fault, launches, device):
-    launches.faults = [(kernel, argument, fault)]
+def test_a_wrong_kernel_is_an_error_at_its_first_launch(launched, argument, change, launches, device):
+    name, kernel = launched.split()
+    launches.fault = (kernel, argument, CHANGES[change])
     with pytest.raises(UserError) as error:
         _call(name, _arguments(name, device))
     message = str(error.value)
@@ -191,37 +174,27 @@ def test_a_right_kernel_is_checked_once(name, launches, device):
     torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "product"), [("float16", "float16"), ("float32", "float32"), ("float32", "float16")]
-)
+@pytest.mark.parametrize(("dtype", "product"), [(HALF, HALF), (SINGLE, SINGLE), (SINGLE, HALF)])
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (129, 70)], ids=str)
 def test_right_kernels_are_well_below_the_limit(rows, width, dtype, product, tf32, device, poisoned):
-    dtype, product = getattr(torch, dtype), getattr(torch, product)
     for name in KERNELS:
         for norm in (True, False) if name in NORMED else (True,):
-            arguments = _arguments(name, device, dtype, rows, width, product, norm)
-            shares = _shares(name, device, arguments)
-            assert max(shares.values()) <= 0.8, (name, norm, shares)
+            assert _share(name, device, dtype, rows, width, product, norm) <= 0.8, (name, norm)
 
 
 def test_right_kernels_are_well_below_the_limit_in_bfloat16(bfloat16, device):
-    for dtype in (torch.bfloat16, torch.float32):
-        for name in KERNELS:
-            if not (name.startswith("attention") and dtype == torch.float32):
-                arguments = _arguments(name, device, dtype, 70, 96, torch.bfloat16)
-                shares = _shares(name, device, arguments)
-                assert max(shares.values()) <= 0.8, (name, dtype, shares)
+    for dtype, name in itertools.product((torch.bfloat16, SINGLE), KERNELS):
+        if not (name.startswith("attention") and dtype == SINGLE):
+            assert _share(name, device, dtype, 70, 96, torch.bfloat16) <= 0.8, (name, dtype)
 
 
 def test_a_launch_that_fails_is_an_error_with_a_remedy(monkeypatch, device):
-    def broken(launch):
-        raise ValueError("out of resource: shared memory,\nRequired: 300000")
-
-    monkeypatch.setattr(Launch, "run", broken)
+    error = ValueError("out of resource: shared memory,\nRequired: 300000")
+    monkeypatch.setattr(Launch, "run", mock.Mock(side_effect=error))
     message = "fold does not run: ValueError: out of resource: shared memory, Required: 300000 .*backend='torch'"
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=message) as raised:
         _call("folding.fold", _arguments("folding.fold", device))
-    assert isinstance(error.value.__cause__, ValueError)
+    assert raised.value.__cause__ is error
 
 
 def test_without_enough_memory_the_check_is_postponed(launches, monkeypatch, device):
@@ -238,47 +211,33 @@ def test_without_enough_memory_the_check_is_postponed(launches, monkeypatch, dev
         assert len(launches) == total
 
 
-@pytest.mark.parametrize("value", ["0", None])
-def test_the_check_is_off_by_choice_and_in_the_interpreter(value, launches, monkeypatch):
-    if value is None:
-        monkeypatch.delenv("CRATE_FAST_SELF_CHECK")
-    else:
-        monkeypatch.setenv("CRATE_FAST_SELF_CHECK", value)
-    launches.faults = [("fold", "folded_ptr", _scale)]
-    _call("folding.fold", _arguments("folding.fold", "cpu"))
-    assert len(launches) == 1
+def test_the_check_is_off_by_choice_and_in_the_interpreter(launches, monkeypatch):
+    launches.fault = ("fold", "folded_ptr", CHANGES["scaled"])
+    monkeypatch.setenv("CRATE_FAST_SELF_CHECK", "0")
+    for total in (1, 2):
+        _call("folding.fold", _arguments("folding.fold", "cpu"))
+        assert len(launches) == total
+        monkeypatch.delenv("CRATE_FAST_SELF_CHECK", raising=False)
 
 
-@pytest.mark.parametrize(
-    ("change", "again"),
-    [
-        ({"rows": 56}, False),  # neither 1 nor a multiple of 16, as 40
-        ({"rows": 48}, True),
-        ({"rows": 1}, True),
-        ({"width": 32}, True),
-        ({"dtype": torch.float32}, True),
-        ({"dtype": torch.float32, "product": torch.float16}, True),
-        ({"norm": False}, True),
-    ],
-    ids=str,
-)
-def test_another_variant_of_a_kernel_is_checked(change, again, device):
-    function = _function("ista.forward")
-    checked(function, *_arguments("ista.forward", device))
-    checked(function, *_arguments("ista.forward", device, **change))
-    assert len(self_check._right) == 1 + again
+def test_another_variant_of_a_kernel_is_checked(device):
+    variants = [{}, {"rows": 48}, {"rows": 1}, {"width": 32}, {"norm": False}]
+    variants += [{"dtype": SINGLE}, {"dtype": SINGLE, "product": HALF}]
+    for total, change in enumerate(variants, 1):
+        _call("ista.forward", _arguments("ista.forward", device, **change))
+        assert len(self_check._right) == total, change
+    _call("ista.forward", _arguments("ista.forward", device, rows=56))  # neither 1 nor a multiple of 16, as 40
+    assert len(self_check._right) == len(variants)
 
 
 def test_another_alignment_or_stride_is_another_variant(launches, device):
     function, room = _function("attention.forward"), torch.randn(2 * 41 * 64 + 1, device=device).half()
     aligned, shifted = (room[start : start + 2 * 40 * 64].view(2, 40, 2, 32) for start in (0, 1))
     strided = torch.randn(2, 2, 40, 32, device=device).half().transpose(1, 2)
-    for w in (aligned, shifted, strided):
-        checked(function, w, 0.2)
-    assert len(launches) == 6
-    for w in (aligned * 2, shifted, strided):
-        checked(function, w, 0.2)
-    assert len(launches) == 9
+    for factor, total in ((1, 6), (2, 9)):
+        for w in (factor * aligned, shifted, strided):
+            checked(function, w, 0.2)
+        assert len(launches) == total
 
 
 def test_several_threads_check_a_kernel_once(monkeypatch):
@@ -293,23 +252,20 @@ def test_several_threads_check_a_kernel_once(monkeypatch):
     def fold(*arguments):
         assert len(checks) == 1  # no launch precedes the check
 
-    def launch():
+    def launch(_):
         barrier.wait()
         checked(fold, *_arguments("folding.fold", "cpu"))
 
     monkeypatch.setattr(self_check, "_is_right", slow)
-    threads = [threading.Thread(target=launch) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(launch, range(4)))
     assert len(checks) == 1
 
 
 def test_kernels_are_checked_under_autocast_and_inference_mode(device):
     for name in KERNELS:
-        with torch.inference_mode(), torch.autocast(device.type, torch.float16):
-            _call(name, _arguments(name, device, torch.float32, product=torch.float16))
+        with torch.inference_mode(), torch.autocast(device.type, HALF):
+            _call(name, _arguments(name, device, SINGLE, product=HALF))
     assert len(self_check._right) == len(KERNELS)
 
 
@@ -341,61 +297,47 @@ def test_the_check_has_a_small_problem_with_the_launchs_binary(name, rows, monke
     if "attention" in name:
         strided = torch.randn(3, 2, rows, 32, device=device).half().transpose(1, 2)
         variants.append(tuple(strided if t is arguments[0] else t for t in arguments))
-    for given in variants:
-        *given, more = given if isinstance(given[-1], dict) else (*given, {})
-        small, options = self_check._small(name, device, given, more)
-        sizes = [sum(t.numel() for t in tensors if isinstance(t, Tensor)) for tensors in (small, given)]
+    for given in map(_with_options, variants):
+        small = self_check._small(name, device, *given)
+        sizes = [sum(t.numel() for t in tensors if isinstance(t, Tensor)) for tensors, _ in (small, given)]
         assert sizes[0] <= sizes[1]
         results = []
-        for call, words in ((given, more), (small, options)):
+        for tensors, options in (given, small):
             seen.clear()
-            _function(name)(*call, **words)
+            _function(name)(*tensors, **options)
             results.append([_specialised(launch) for launch in seen])
         assert results[0] == results[1] != []
 
 
-def _operators(device) -> dict:
-    """Return each registered operator with arguments."""
-
-    def of(name, product=torch.float16, norm=True):
-        return _arguments(name, device, torch.float32, product=product, norm=norm)
-
-    (x, low, folded, *_, norm, _), w = of("ista.forward"), of("attention.forward", norm=False)[0].half()
-    square, sign, channel, wanted = x.new_zeros(64, 64), torch.ones_like(x, dtype=torch.int8), norm.gamma, [True] * 6
+def test_every_launch_of_an_operator_is_checked(launches, monkeypatch, device):
+    x, low, folded, *_, norm, _ = _arguments("ista.forward", device, SINGLE, product=HALF)
+    w, (mean, rstd, channel, _) = _arguments("attention.forward", device)[0], vars(norm).values()
+    square, wanted, channels = torch.eye(64, device=device), [True] * 6, (channel, channel)
     heads, lse = low.view(1, 40, 2, 32), torch.zeros(1, 2, 40, device=device)
-    mean, rstd, half, single = norm.mean, norm.rstd, torch.float16, torch.float32
-    kept = (x, sign, x, mean, rstd)
-    weights = (channel, channel, square + torch.eye(64, device=device), square)
-    forward = (x[None], *weights, channel, 2, 0.2, 1e-5, half)
-    backward = (x[None], *weights, low, rstd, heads, heads, lse)
-    return {
-        "attention_fwd": (triton_ops.subspace_attention_fwd, (w, 0.2)),
-        "attention_bwd": (triton_ops.subspace_attention_bwd, (w, w, w, torch.zeros(3, 2, 40, device=device), 0.2)),
-        "fold": (triton_ops.fold, (square, 0.1, half)),
-        "ista_fwd": (triton_ops.ista_fwd, (x, channel, channel, square, folded, 0.1, 0.1, 1e-5, False, True)),
-        "ista_bwd": (triton_ops.ista_bwd, (*kept, channel, channel, square, folded, 0.1, 1e-5, single, [True] * 4)),
-        "compression_fwd": (triton_ops.compression_fwd, (*forward, False)),
-        "compression_fwd, paper": (triton_ops.compression_fwd, (*forward, True)),
-        "compression_bwd": (triton_ops.compression_bwd, (*backward, None, None, 0.2, False, single, single, wanted)),
-        "compression_bwd, paper": (
-            triton_ops.compression_bwd,
-            (*backward, x[None], mean, 0.2, True, single, single, wanted),
-        ),
-    }
-
-
-@pytest.mark.parametrize("name", _operators("cpu"))
-def test_every_launch_of_an_operator_is_checked(name, launches, monkeypatch, device):
-    operator, arguments = _operators(device)[name]
-    monkeypatch.setenv("CRATE_FAST_SELF_CHECK", "0")
-    operator(*arguments)
-    alone = sorted(launch.kernel.__name__ for launch in launches)
-    launches.clear()
-    monkeypatch.setenv("CRATE_FAST_SELF_CHECK", "1")
-    operator(*arguments)
-    again = sorted(launch.kernel.__name__ for launch in launches)
-    assert set(again) == set(alone)
-    assert len(again) == 2 * len(alone)
+    forward = (x[None], *channels, square, square, channel, 2, 0.2, 1e-5, HALF)
+    backward = (x[None], *channels, square, square, low, rstd, heads, heads, lse)
+    kept = (x, torch.ones_like(x, dtype=torch.int8), x, mean, rstd, *channels, square, folded, 0.1, 1e-5, SINGLE)
+    for operator, *arguments in (
+        (triton_ops.subspace_attention_fwd, w, 0.2),
+        (triton_ops.subspace_attention_bwd, w, w, w, torch.zeros(3, 2, 40, device=device), 0.2),
+        (triton_ops.fold, square, 0.1, HALF),
+        (triton_ops.ista_fwd, x, *channels, square, folded, 0.1, 0.1, 1e-5, False, True),
+        (triton_ops.ista_bwd, *kept, [True] * 4),
+        (triton_ops.compression_fwd, *forward, False),
+        (triton_ops.compression_fwd, *forward, True),
+        (triton_ops.compression_bwd, *backward, None, None, 0.2, False, SINGLE, SINGLE, wanted),
+        (triton_ops.compression_bwd, *backward, x[None], mean, 0.2, True, SINGLE, SINGLE, wanted),
+    ):
+        self_check._right.clear()
+        names = []
+        for choice in ("0", "1"):
+            launches.clear()
+            monkeypatch.setenv("CRATE_FAST_SELF_CHECK", choice)
+            operator(*arguments)
+            names.append([launch.kernel.__name__ for launch in launches])
+        alone, again = names
+        assert set(again) == set(alone) != set(), operator
+        assert len(again) == 2 * len(alone), operator
 
 
 @pytest.mark.gpu
