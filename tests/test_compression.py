@@ -12,7 +12,7 @@ from torch import Tensor
 from crate_fast import CRATE, CRATEMAE, functional, triton_ops
 from crate_fast.functional import compress
 from crate_fast.kernels import attention, layer_norm, product
-from crate_fast.kernels.launch import TABLE, Tile, architecture
+from crate_fast.kernels.launch import TABLE, Tile, architecture, find
 from crate_fast.reference import compress_reference, subspace_attention_reference
 
 EPS, HALF, SINGLE = 1e-5, torch.float16, torch.float32
@@ -99,8 +99,9 @@ def test_the_variable_or_else_the_tile_table_chooses_the_output_map(device, monk
     used, plain = [], product.product
     monkeypatch.setattr(product, "product", lambda *a, **k: used.append(a[3]) or plain(*a, **k))
     inputs, key = _inputs(device, HALF), ("output_map", "half", architecture(device))
+    tile = find(key[0], device, key[1])
     for variable, chosen, fused in ((None, True, True), (None, False, False), ("1", False, True), ("0", True, False)):
-        monkeypatch.setitem(TABLE, key, replace(TABLE[key], chosen=chosen))
+        monkeypatch.setitem(TABLE, key, replace(tile, chosen=chosen))
         if variable is not None:
             monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", variable)
         used.clear()
