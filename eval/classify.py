@@ -134,19 +134,12 @@ def check_linear(n_images: int, n_classes: int) -> None:
 
 
 class LinearProbe(NamedTuple):
-    """Result of `linear_probe`.
+    """Result of `linear_probe`."""
 
-    Attributes:
-        predictions: Predicted classes of the validation images [m].
-        C: Chosen inverse regularisation strength.
-        held_out: C → accuracy on the held-out training images.
-        converged: True if the final fit converged.
-    """
-
-    predictions: Tensor
-    C: float
-    held_out: dict[float, float]
-    converged: bool
+    predictions: Tensor  # predicted classes of the validation images [m]
+    C: float  # chosen inverse regularisation strength
+    held_out: dict[float, float]  # C → accuracy on the held-out training images
+    converged: bool  # the final fit converged
 
 
 def linear_probe(train: Tensor, labels: Tensor, val: Tensor, seed: int = 0) -> LinearProbe:

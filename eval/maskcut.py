@@ -43,14 +43,10 @@ _LINK_BYTES = 2 * 2**30  # memory for the affinities of one batch
 
 
 class MaskCut(NamedTuple):
-    """Masks found by `maskcut`.
+    """Masks found by `maskcut`."""
 
-    Attributes:
-        masks: Boolean [B, n, rows, columns]; disjoint, empty masks last.
-        residuals, solvers: Those of each mask's `normalized_cut.Cut`, [B, n]; NaN and −1 where none was computed.
-    """
-
-    masks: Tensor
+    masks: Tensor  # boolean [B, n, rows, columns]; disjoint, empty masks last
+    # of the `normalized_cut.Cut` of each mask, [B, n]; NaN and −1 where none was computed
     residuals: Tensor
     solvers: Tensor
 

@@ -66,17 +66,11 @@ def principal_components(tokens: Tensor, count: int, centred: bool = False) -> t
 
 
 class Foreground(NamedTuple):
-    """Foreground patches, those with a large first component.
+    """Foreground patches, those with a large first component."""
 
-    Attributes:
-        mask: Boolean [J, P].
-        projection: Projection on the first component, before the threshold, float64 [J, P].
-        explained: Shares of ‖Z‖² explained by the first four components, or by all if there are fewer.
-    """
-
-    mask: Tensor
-    projection: Tensor
-    explained: list[float]
+    mask: Tensor  # boolean [J, P]
+    projection: Tensor  # projection on the first component, before the threshold, float64 [J, P]
+    explained: list[float]  # shares of ‖Z‖² explained by the first four components, or by all if there are fewer
 
 
 def check_foreground(grid: tuple[int, int], threshold: float, scaling: str) -> None:

@@ -22,20 +22,13 @@ from crate_fast.whitebox import attention_layer, cls_attention, trace
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """One layer's queries and keys.
+    """One layer's queries and keys."""
 
-    Attributes:
-        queries, keys: [B, N, H, D], prefix tokens first; the same tensor if they are one projection (MSSA).
-        scale: Factor s of the logits s·⟨query, key⟩.
-        prefix: Number of tokens before the patches (CLS and registers).
-        has_cls: True if the first prefix token is a CLS token.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    scale: float
-    prefix: int = 1
-    has_cls: bool = True
+    queries: Tensor  # [B, N, H, D], prefix tokens first
+    keys: Tensor  # the same shape; the same tensor if they are one projection (MSSA)
+    scale: float  # factor s of the logits s·⟨query, key⟩
+    prefix: int = 1  # number of tokens before the patches (CLS and registers)
+    has_cls: bool = True  # the first prefix token is a CLS token
 
 
 class Features:

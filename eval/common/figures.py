@@ -33,19 +33,12 @@ _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#
 
 @dataclass(frozen=True)
 class Picture:
-    """One cell of a grid.
+    """One cell of a grid."""
 
-    Attributes:
-        pixels: [H, W, 3] (uint8, or floats from 0 to 1) or a map [H, W].
-        colours: Name of matplotlib's colour map.
-        limits: Values at both ends of the colour scale; those of the map when None.
-        over: An image [H, W, 3] under the map, which is then half transparent.
-    """
-
-    pixels: np.ndarray
-    colours: str = "viridis"
-    limits: tuple[float, float] | None = None
-    over: np.ndarray | None = None
+    pixels: np.ndarray  # [H, W, 3] (uint8, or floats from 0 to 1) or a map [H, W]
+    colours: str = "viridis"  # name of matplotlib's colour map
+    limits: tuple[float, float] | None = None  # values at both ends of the colour scale; those of the map when None
+    over: np.ndarray | None = None  # an image [H, W, 3] under the map, which is then half transparent
 
 
 def image_grid(
@@ -107,22 +100,14 @@ def _draw(axis, picture: Picture, column: int, row: int) -> None:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart.
+    """One line of a chart."""
 
-    Attributes:
-        label: Text in the legend; not shown if it begins with _.
-        x, y: Coordinates of the points.
-        spread: Half the height of a band around the line, or None.
-        dashed: Draw a dashed line, for baselines.
-        like: Label of the curve with the same colour; None for a colour of its own.
-    """
-
-    label: str
-    x: Sequence[float]
+    label: str  # text in the legend; not shown if it begins with _
+    x: Sequence[float]  # coordinates of the points
     y: Sequence[float]
-    spread: Sequence[float] | None = None
-    dashed: bool = False
-    like: str | None = None
+    spread: Sequence[float] | None = None  # half the height of a band around the line
+    dashed: bool = False  # for baselines
+    like: str | None = None  # label of the curve with the same colour; None for a colour of its own
 
 
 def curve_figure(

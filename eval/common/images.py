@@ -57,18 +57,12 @@ _UNREADABLE = (*UNREADABLE, KeyError, TypeError, IndexError, AssertionError)  # 
 
 @dataclass(frozen=True)
 class Target:
-    """Annotations of one image.
+    """Annotations of one image."""
 
-    Attributes:
-        classes: Numbers of the M classes in the image, without the background.
-        masks: Masks of these classes, boolean [M, H, W], at the image's original resolution.
-        valid: Pixels that are not void, boolean [H, W].
-        boxes: Boxes of objects [K, 4]: left, top, right, bottom in pixels, the last two exclusive; or None.
-    """
-
-    classes: list[int]
-    masks: Tensor
-    valid: Tensor
+    classes: list[int]  # numbers of the M classes in the image, without the background
+    masks: Tensor  # masks of these classes, boolean [M, H, W], at the image's original resolution
+    valid: Tensor  # pixels that are not void, boolean [H, W]
+    # boxes of objects [K, 4]: left, top, right, bottom in pixels, the last two exclusive
     boxes: Tensor | None = None
 
     def on_grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -85,23 +79,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a data set.
+    """One image of a data set."""
 
-    Attributes:
-        key: Name or number in the data set.
-        image: uint8 [3, S, S], squashed to a square; zeros if unreadable.
-        size: Height and width of the original image, in pixels.
-        target: Annotations, or None.
-        problem: Reason why the image is unreadable, or None.
-        label: Class number of the image; -1 if unknown.
-    """
-
-    key: str | int
-    image: Tensor
-    size: tuple[int, int]
+    key: str | int  # name or number in the data set
+    image: Tensor  # uint8 [3, S, S], squashed to a square; zeros if unreadable
+    size: tuple[int, int]  # height and width of the original image, in pixels
     target: Target | None = None
-    problem: str | None = None
-    label: int = -1
+    problem: str | None = None  # reason why the image is unreadable
+    label: int = -1  # number of the class; -1 if unknown
 
 
 @dataclass(frozen=True)

@@ -36,25 +36,15 @@ _SHIPPED = "shipped:"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model under evaluation.
+    """A model under evaluation."""
 
-    Attributes:
-        label: Name in tables and figures.
-        model: The module, in evaluation mode, on its device.
-        normalize: Function from uint8 images [B, 3, H, W] to the model's input.
-        extract: Feature extractor.
-        facts: Specification, number of parameters, image size, hash of the weights.
-        config: Config of the model's run, or None.
-        autoencoder: The CRATE-MAE whose encoder `model` is, or None.
-    """
-
-    label: str
-    model: nn.Module
-    normalize: Normalize
+    label: str  # name in tables and figures
+    model: nn.Module  # in evaluation mode, on its device
+    normalize: Normalize  # from uint8 images [B, 3, H, W] to the model's input
     extract: FeatureExtractor = field(repr=False)
-    facts: dict
-    config: TrainConfig | None = None
-    autoencoder: CRATEMAE | None = None
+    facts: dict  # specification, number of parameters, image size, hash of the weights
+    config: TrainConfig | None = None  # of the model's run
+    autoencoder: CRATEMAE | None = None  # the CRATE-MAE whose encoder `model` is
 
     def require_cls(self) -> None:
         """Raise a `UserError` if the model has no CLS token."""

@@ -32,20 +32,14 @@ _SMALLEST_GAP = 1e-3  # below it, fp32 rounding may rotate the vector by more th
 
 
 class Cut(NamedTuple):
-    """Second eigenvectors of a batch of graphs.
+    """Second eigenvectors of a batch of graphs."""
 
-    Attributes:
-        vector: v [B, P], scaled to max |v| = 1. The first patch whose |v| is within `SAME` of 1 has a positive entry.
-            All zero for a graph with all patches linked to each other, which has no cut.
-        eigenvalue: The second smallest λ of (D − A)v = λDv, [B].
-        residual: ‖My − (1 − λ)y‖ for the unit vector y = D^½v/‖D^½v‖, [B], computed from the solution.
-        solver: Solver used, [B]: 0 Lanczos, 1 block Lanczos in fp64, 2 dense.
-    """
-
+    # v [B, P], scaled to max |v| = 1. The first patch whose |v| is within `SAME` of 1 has a positive entry. All zero
+    # for a graph with all patches linked to each other, which has no cut.
     vector: Tensor
-    eigenvalue: Tensor
-    residual: Tensor
-    solver: Tensor
+    eigenvalue: Tensor  # the second smallest λ of (D − A)v = λDv, [B]
+    residual: Tensor  # ‖My − (1 − λ)y‖ for the unit vector y = D^½v/‖D^½v‖, [B], computed from the solution
+    solver: Tensor  # solver used, [B]: 0 Lanczos, 1 block Lanczos in fp64, 2 dense
 
 
 class _Graphs:

@@ -26,22 +26,13 @@ _OF_SCENES = ("cifar_epochs", "selection_seed", "test_seed")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a training run.
+    """One stage of a training run."""
 
-    Attributes:
-        image_size: Side of the images in pixels.
-        images: Number of training images.
-        epochs: Number of passes over them.
-        lr_share: Peak learning rate as a fraction of the run's.
-        checkpoints: Number of scored checkpoints, evenly spaced, the last at the end.
-        batch_size: Images per step.
-    """
-
-    image_size: int
-    images: int
+    image_size: int  # side in pixels
+    images: int  # number of training images
     epochs: int
-    lr_share: float = 1.0
-    checkpoints: int = 1
+    lr_share: float = 1.0  # peak learning rate as a fraction of the run's
+    checkpoints: int = 1  # number of scored checkpoints, evenly spaced, the last at the end
     batch_size: int = 64
 
     @property
@@ -59,20 +50,12 @@ class Point(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One training run of the experiment.
+    """One training run of the experiment."""
 
-    Attributes:
-        kind: "sweep" for choosing the learning rate; "scenes" or "photographs" for comparing models; "cifar10" for
-            comparing accuracy only.
-        model: A key of `MODELS`.
-        seed: Seed of weights, data and order.
-        lr: Learning rate of a sweep; None for other runs, which use the rate that the sweeps select.
-    """
-
-    kind: str
-    model: str
-    seed: int
-    lr: float | None = None
+    kind: str  # "sweep" of the learning rate; "scenes" or "photographs", compared; "cifar10", for accuracy only
+    model: str  # a key of `MODELS`
+    seed: int  # of weights, data and order
+    lr: float | None = None  # of a sweep; other runs use the rate that the sweeps select
 
     @property
     def name(self) -> str:
@@ -87,62 +70,36 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Protocol:
-    """The experiment at one size.
-
-    Attributes:
-        patch_size: Side of a patch in pixels.
-        dim, depth, heads: Size of every model; the head width is dim / heads.
-        stages: Stages of a compared run; each starts from the weights of the previous one. All checkpoints are scored
-            at the last stage's image size.
-        sweep_images: Number of training images of a sweep run, which is otherwise like the first stage.
-        lrs: Learning rates to try, ascending.
-        seeds: Seeds of the compared runs, for weights, images and their order.
-        cifar_epochs: Passes over CIFAR-10's training images.
-        selection_images: Number of images for choosing heads and layers; the maximum number for photographs.
-        test_images: Number of scored images; the maximum number for photographs.
-        maskcut_images: Number of images for MaskCut: the first test scenes, or photographs with masks.
-        selection_seed, test_seed: Seeds of the selection and test scenes; no model is trained on them.
-        sweep_seed: Seed of the sweep runs.
-        optimizer, weight_decay, label_smoothing: Settings of `TrainConfig`.
-        warmup_share: Warmup as a fraction of a stage's steps.
-        primary: Measure of `results.COARSE` that decides the claims; the default is that of the first protocol.
-        data: "shape_scenes" or "photographs".
-        models: Keys of `MODELS`.
-        crop_scale, hflip: Augmentation of photographs, settings of `TrainConfig`.
-        precision: Setting of `TrainConfig`.
-        mask_size: Side in pixels at which photographs with masks are scored.
-        coverage: Range of the share of a photograph that its boxes cover; other photographs are not scored.
-        box_images: Number of test photographs for the scores of `crate-fast eval localization`, which are slow.
-    """
+    """The experiment at one size."""
 
     patch_size: int
-    dim: int
+    dim: int  # of every model; the head width is dim / heads
     depth: int
     heads: int
-    stages: tuple[Stage, ...]
-    sweep_images: int
-    lrs: tuple[float, ...]
-    seeds: tuple[int, ...]
+    stages: tuple[Stage, ...]  # of a compared run; each starts from the weights of the previous one
+    sweep_images: int  # number of training images of a sweep run, which is otherwise like the first stage
+    lrs: tuple[float, ...]  # learning rates to try, ascending
+    seeds: tuple[int, ...]  # of the compared runs, for weights, images and their order
     cifar_epochs: int
-    selection_images: int
-    test_images: int
-    maskcut_images: int
-    selection_seed: int = 900_001
+    selection_images: int  # number of images for choosing heads and layers; the maximum number for photographs
+    test_images: int  # number of scored images; the maximum number for photographs
+    maskcut_images: int  # number of images for MaskCut: the first test scenes, or photographs with masks
+    selection_seed: int = 900_001  # of scenes; no model is trained on these and on the test scenes
     test_seed: int = 900_002
     sweep_seed: int = 100
     optimizer: str = "adamw"
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
-    warmup_share: float = 0.05
-    primary: str = "mIoU mass, best head"
-    data: str = "shape_scenes"
+    warmup_share: float = 0.05  # of a stage's steps
+    primary: str = "mIoU mass, best head"  # measure that decides the claims; the default is the first protocol's
+    data: str = "shape_scenes"  # or "photographs"
     models: tuple[str, ...] = tuple(MODELS)
-    crop_scale: float = 1.0
-    hflip: float = 0.0
+    crop_scale: float = 1.0  # of photographs
+    hflip: float = 0.0  # of photographs
     precision: str = "auto"
-    mask_size: int = 128
-    coverage: tuple[float, float] = (0.0, 1.0)
-    box_images: int = 0
+    mask_size: int = 128  # side in pixels at which photographs with masks are scored
+    coverage: tuple[float, float] = (0.0, 1.0)  # share of a scored photograph that its boxes cover
+    box_images: int = 0  # number of test photographs for the scores of `crate-fast eval localization`, which are slow
 
     @property
     def photographs(self) -> bool:

@@ -138,18 +138,12 @@ def at_accuracy(measure: str, accuracy: float, layer: str = "paper") -> Callable
 
 
 class Paired(NamedTuple):
-    """A paired comparison over seeds.
+    """A paired comparison over seeds."""
 
-    Attributes:
-        mean: Mean of the differences.
-        low, high: Its 95 % interval by Student's t; None with one seed.
-        p: Two-sided p of the paired t-test; None with one seed.
-    """
-
-    mean: float
-    low: float | None = None
+    mean: float  # mean of the differences
+    low: float | None = None  # 95 % interval by Student's t; None with one seed
     high: float | None = None
-    p: float | None = None
+    p: float | None = None  # two-sided p of the paired t-test; None with one seed
 
     def __str__(self) -> str:
         words = f"{self.mean:+.1f}"

@@ -51,16 +51,10 @@ _FORKSERVER.set_forkserver_preload(["crate_fast.eval.emergence.runs"])
 
 @dataclass(frozen=True)
 class Folders:
-    """Folders of an experiment.
+    """Folders of an experiment."""
 
-    Attributes:
-        output: Runs and unfinished scores; large, and not needed after a run has its result.
-        report: Results, pictures and the report; small, and enough to write the report again.
-        cifar10: CIFAR-10, or None.
-    """
-
-    output: Path
-    report: Path
+    output: Path  # runs and unfinished scores; large, and not needed after a run has its result
+    report: Path  # results, pictures and the report; small, and enough to write the report again
     cifar10: Path | None = None
 
     @property

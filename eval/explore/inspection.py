@@ -25,19 +25,12 @@ _INSPECTIONS_BYTES = 512 * 2**20  # memory for recent inspections
 
 
 class ModelChoice(NamedTuple):
-    """A model in the page's menu.
+    """A model in the page's menu."""
 
-    Attributes:
-        specification: Argument of `models.open_model`.
-        label: Text in the menu.
-        group: Heading in the menu; the checkpoints of a run share it.
-        untrained: True if its weights are random.
-    """
-
-    specification: str
-    label: str
-    group: str
-    untrained: bool = False
+    specification: str  # argument of `models.open_model`
+    label: str  # text in the menu
+    group: str  # heading in the menu; the checkpoints of a run share it
+    untrained: bool = False  # with random weights
 
 
 class OpenModel(NamedTuple):
