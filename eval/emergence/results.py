@@ -4,16 +4,29 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from crate_fast.eval.emergence.protocol import ORDER, Protocol, Run
 
 Value = Callable[[dict], float]  # function from a result to a number
+# Measures of attention: name → (reading of `segmentation.AttentionScores`, choice of the head)
+COARSE: dict[str, tuple[str, str]] = {
+    f"{name}, {heads}": (reading, heads)
+    for reading, name in (("ap", "AP"), ("mass", "mIoU mass"), ("topk", "mIoU topk"))
+    for heads in ("best head", "fixed head")
+}
+MASKED = [f"masks: {name}" for name in COARSE]  # the same on photographs with masks
+# Measures of boxes, at the first and last checkpoint only: name → (key of the choice of the head, score)
+BOXED: dict[str, tuple[str, str]] = {
+    f"{name}, {heads}": (heads.replace(" ", "_"), name)
+    for name in ("MaxBoxAccV2", "GT-known", "pointing")
+    for heads in ("best head", "one head")
+}
+MASKCUT = ("box AP50", "box AP", "box AR100", "mask AP50", "mask AP", "mask AR100")
 
 
-# --- measures of a checkpoint ---
+# --- values of a result ---
 
 
 def _row(checkpoint: dict, split: str, reading: str, layer: int) -> dict:
@@ -26,72 +39,40 @@ def head_chosen(checkpoint: dict, reading: str, layer: int) -> int:
     return heads.index(max(heads))
 
 
-def _coarse(reading: str, heads: str, split: str, checkpoint: dict, layer: int | str) -> float:
+def _coarse(measure: str, split: str, checkpoint: dict, layer: int | str) -> float:
+    reading, heads = COARSE[measure]
     if layer == "chosen":
         layers = [row["layer"] for row in checkpoint["selection"][reading]["layers"]]
-        layer = max(layers, key=partial(_coarse, reading, heads, "selection", checkpoint))
+        layer = max(layers, key=lambda number: _coarse(measure, "selection", checkpoint, number))
     row = _row(checkpoint, split, reading, layer)
-    best = heads == "best head"
-    return 100 * (row["best_head"] if best else row["per_head"][head_chosen(checkpoint, reading, layer)])
-
-
-def _localized(name: str, heads: str, checkpoint: dict, layer: int) -> float:
-    row = next(row for row in checkpoint["boxes"]["layers"] if row["layer"] == layer)
-    return 100 * row[heads.replace(" ", "_")][name]
-
-
-def _detected(name: str, checkpoint: dict, layer: int) -> float:
-    return checkpoint["maskcut"][str(layer)][name]
-
-
-def _accuracy(checkpoint: dict, _layer: int) -> float:
-    return 100 * checkpoint["accuracy"]
-
-
-def _white_box(name: str, checkpoint: dict, layer: int) -> float:
-    return checkpoint["white_box"][layer][name]
-
-
-# Measures of attention: name → (reading of `segmentation.AttentionScores`, choice of the head)
-COARSE: dict[str, tuple[str, str]] = {
-    f"{name}, {heads}": (reading, heads)
-    for reading, name in (("ap", "AP"), ("mass", "mIoU mass"), ("topk", "mIoU topk"))
-    for heads in ("best head", "fixed head")
-}
-MASKCUT = ("box AP50", "box AP", "box AR100", "mask AP50", "mask AP", "mask AR100")
-# The same measures of attention on photographs with masks; measures of boxes, at the first and last checkpoint only.
-MASKED = {
-    f"masks: {name}": partial(_coarse, *reading_and_heads, "masks") for name, reading_and_heads in COARSE.items()
-}
-BOXED = {
-    f"{name}, {heads}": partial(_localized, name, heads)
-    for name in ("MaxBoxAccV2", "GT-known", "pointing")
-    for heads in ("best head", "one head")
-}
-# All measures: name → function of (checkpoint, layer); scores are in percent. Measures of `COARSE` also accept the
-# layer "chosen", which is the best on the selection images.
-MEASURES: dict[str, Callable[[dict, int | str], float]] = {
-    **{name: partial(_coarse, *reading_and_heads, "test") for name, reading_and_heads in COARSE.items()},
-    **{name: partial(_detected, name) for name in MASKCUT},
-    **MASKED,
-    **BOXED,
-    "accuracy": _accuracy,
-    **{name: partial(_white_box, name) for name in ("coding_rate", "sparsity")},
-}
-
-
-# --- values of a result ---
+    return 100 * (
+        row["best_head"] if heads == "best head" else row["per_head"][head_chosen(checkpoint, reading, layer)]
+    )
 
 
 def at_checkpoint(measure: str, index: int = -1, layer: int | str = "paper") -> Value:
     """Return a function from a result to a measure at a checkpoint: 0 is the untrained twin, -1 the last.
 
-    `layer` is a number, "paper" for the layer used in the paper, or "chosen" for the best on the selection images.
+    The measure is one of the lists above, "accuracy", "coding_rate" or "sparsity". All but the last two are in
+    percent. `layer` is a number, "paper" for the layer used in the paper, or for measures of attention "chosen", the
+    best on the selection images.
     """
 
     def value(result: dict) -> float:
         checkpoint = result["checkpoints"][index]
-        return MEASURES[measure](checkpoint, checkpoint["default_layer"] if layer == "paper" else layer)
+        at = checkpoint["default_layer"] if layer == "paper" else layer
+        if measure == "accuracy":
+            return 100 * checkpoint["accuracy"]
+        if measure in MASKCUT:
+            return checkpoint["maskcut"][str(at)][measure]
+        if measure in BOXED:
+            heads, score = BOXED[measure]
+            return 100 * next(row for row in checkpoint["boxes"]["layers"] if row["layer"] == at)[heads][score]
+        if measure in COARSE:
+            return _coarse(measure, "test", checkpoint, at)
+        if measure in MASKED:
+            return _coarse(measure.removeprefix("masks: "), "masks", checkpoint, at)
+        return checkpoint["white_box"][at][measure]
 
     return value
 
