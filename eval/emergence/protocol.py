@@ -151,10 +151,6 @@ class Protocol:
         stages = [{"images" if name == "scenes" else name: v for name, v in s.items()} for s in settings["stages"]]
         return cls(**values | {"stages": tuple(Stage(**stage) for stage in stages)})
 
-    def with_training_images(self, count: int) -> "Protocol":
-        """Return the protocol for a training set of another size."""
-        return dataclasses.replace(self, stages=tuple(dataclasses.replace(s, images=count) for s in self.stages))
-
     def planned_runs(self, cifar10: bool = True) -> list[Run]:
         """Return all runs in order: sweeps, then seed by seed, so that an early stop leaves complete seeds."""
         sweeps = [Run("sweep", model, self.sweep_seed, lr) for model in self.models for lr in self.lrs]
@@ -177,10 +173,8 @@ class Protocol:
     ) -> TrainConfig:
         """Return the training settings of stage `number` of a run with the peak learning rate `lr`.
 
-        Args:
-            data_dir: For CIFAR-10 a folder with train/<class>/ and test/<class>/, or torchvision's CIFAR-10 folder;
-                for photographs the folder of `data.prepare_photographs`.
-            **further: Other settings, such as `device`, another precision, and `init` of a later stage.
+        `data_dir` is the folder of CIFAR-10 (train/<class>/ and test/<class>/, or torchvision's) or of
+        `data.prepare_photographs`; `further` holds other settings, such as `device`, and `init` of a later stage.
         """
         stage = self.stages_of(run)[number]
         if run.kind == "cifar10":

@@ -33,11 +33,7 @@ _CITED = {  # column of the paper's numbers → its cell for a row of the paper'
 
 
 def write_report(report: Path, protocol: Protocol, size: str) -> Path:
-    """Write report.md and its figures into the folder with results/ and pictures/; return the path of report.md.
-
-    Raises:
-        UserError: No seed has results of both CRATE and ViT.
-    """
+    """Write report.md and its figures into the folder with results/ and pictures/; return the path of report.md."""
     results = Results.load(report, protocol)
     if not results.seeds():
         raise UserError(

@@ -123,18 +123,10 @@ class Job(NamedTuple):
 
 
 def run_experiment(protocol: Protocol, folders: Folders, resources: Resources, minutes: float | None = None) -> bool:
-    """Complete all unfinished runs of an experiment.
+    """Complete all unfinished runs of an experiment; the folders hold no runs of another protocol.
 
-    Args:
-        folders: Folders without runs of another protocol.
-        minutes: Time limit; None means no limit.
-
-    Returns:
-        True when all runs are done; False after the time limit or a signal. The same call then resumes.
-
-    Raises:
-        CheckpointError: Another process runs an experiment in these folders.
-        UserError: A run failed; the message names it and its log. Finished runs are kept.
+    Return True when all runs are done, and False after `minutes` or a signal; the same call then resumes. A failed
+    run or another process in these folders is a `UserError`; finished runs are kept.
     """
     with _locked(folders.output), Interruption(signal.SIGINT) as interruption:
         deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -164,7 +156,10 @@ class _Scheduler:
     def __init__(self, protocol: Protocol, folders: Folders, resources: Resources):
         self.protocol, self.folders, self.resources = protocol, folders, resources
         runs = protocol.planned_runs(folders.cifar10 is not None)
-        self.work = {run: _work(protocol, run) for run in runs}
+        self.work = {  # run → number of pixels that it trains on
+            run: sum(stage.steps * stage.batch_size * stage.image_size**2 for stage in protocol.stages_of(run))
+            for run in runs
+        }
         self.waiting = [run for run in runs if not folders.result(run).is_file()]
         self.running: dict[Run, tuple[multiprocessing.Process, str]] = {}  # process and device
         self.origin = provenance() | {"device": str(resources)}  # of the code that the jobs run
@@ -235,19 +230,11 @@ class _Scheduler:
                 self.waiting.append(run)
             else:
                 log = self.folders.log(run)
+                text = log.read_text(errors="replace") if log.is_file() else ""
+                tail = "\n".join(text.replace("\r", "\n").splitlines()[-8:])
                 raise UserError(
-                    f"{run.name} ended with status {process.exitcode} and no result:\n{_tail(log)}\nIts log: {log}"
+                    f"{run.name} ended with status {process.exitcode} and no result:\n{tail}\nIts log: {log}"
                 )
-
-
-def _tail(log: Path, lines: int = 8) -> str:
-    text = log.read_text(errors="replace") if log.is_file() else ""
-    return "\n".join(text.replace("\r", "\n").splitlines()[-lines:])
-
-
-def _work(protocol: Protocol, run: Run) -> int:
-    """Return the number of pixels that a run trains on."""
-    return sum(stage.steps * stage.batch_size * stage.image_size**2 for stage in protocol.stages_of(run))
 
 
 # --- one run ---
@@ -255,25 +242,20 @@ def _work(protocol: Protocol, run: Run) -> int:
 
 def _run_job(job: Job) -> None:
     """Run a job in this process; the exit status is 0 also after a requested stop."""
+
+    def stop_with_parent() -> None:  # even after SIGKILL
+        multiprocessing.parent_process().join()  # getppid() is the fork server, which lives as long as a job
+        os.kill(os.getpid(), signal.SIGTERM)
+
     stream = os.open(job.folders.log(job.run), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its jobs with SIGTERM
-    _stop_with_parent()
+    threading.Thread(target=stop_with_parent, daemon=True).start()
     torch.set_num_threads(job.settings["threads"])
     with _locked(job.folders.output / "locks" / job.run.name, _LOCK_SECONDS):
         train_and_score(job)
     sys.exit(0)
-
-
-def _stop_with_parent() -> None:
-    """Send SIGTERM to this process when its parent ends, even by SIGKILL."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()  # getppid() is the fork server, which lives as long as a job
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def train_and_score(job: Job) -> None:
@@ -289,11 +271,7 @@ def train_and_score(job: Job) -> None:
 
 
 def _train(job: Job) -> bool:
-    """Train all stages; return False if stopped before the end.
-
-    Raises:
-        UserError: A finished stage in the folder was trained at another learning rate.
-    """
+    """Train all stages; return False if stopped before the end."""
     init = ""
     for number, stage in enumerate(job.protocol.stages_of(job.run)):
         folder = job.folders.stage(job.run, number)
@@ -317,7 +295,11 @@ def _score(job: Job) -> None:
     stages = job.protocol.stages_of(job.run)
     folders = [job.folders.stage(job.run, number) for number in range(len(stages))]
     logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
-    seconds = sum(_seconds(log, stage.batch_size) for log, stage in zip(logs, stages, strict=True))
+    seconds = 0.0  # of all sessions, from the speed of each log interval
+    for log, stage in zip(logs, stages, strict=True):
+        timed = [entry for entry in log if "images_per_s" in entry]
+        for before, entry in zip([{"step": 0}, *timed], timed, strict=False):
+            seconds += (entry["step"] - before["step"]) * stage.batch_size / entry["images_per_s"]
     result = {
         "training_seconds": round(seconds),
         "parameters": json.loads((folders[0] / "summary.json").read_text())["parameters"],
@@ -349,16 +331,6 @@ def _entries(logs: list[list[dict]], *names: str) -> list[dict]:
         for entry in log
         if names[0] in entry
     ]
-
-
-def _seconds(log: list[dict], batch_size: int) -> float:
-    """Return the training time of all sessions in seconds, from the speed of each log interval."""
-    seconds, before = 0.0, 0
-    for entry in log:
-        if "images_per_s" in entry:
-            seconds += (entry["step"] - before) * batch_size / entry["images_per_s"]
-            before = entry["step"]
-    return seconds
 
 
 def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | None:

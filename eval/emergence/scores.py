@@ -84,16 +84,10 @@ def _rounded(value):
 
 
 def pictures(loaded: LoadedModel, shown: np.ndarray, layers: Sequence[int]) -> dict[str, np.ndarray]:
-    """Return a model's arrays for the figures; the shown images share one PCA.
+    """Return a model's arrays for the figures of images uint8 [8, S, S, 3], which share one PCA.
 
-    Args:
-        loaded: The model, opened at the images' size.
-        shown: uint8 [8, S, S, 3].
-        layers: The layers to read.
-
-    Returns:
-        "attention" float32 [layers, 8, heads, P]; "components" uint8 [layers, 8, P, 3], components 2 to 4 of all
-        patches; "parts" uint8 [layers, 8, P, 3], the first three of the foreground, black elsewhere.
+    "attention" is float32 [layers, 8, heads, P]; "components" uint8 [layers, 8, P, 3], components 2 to 4 of all
+    patches; "parts" uint8 [layers, 8, P, 3], the first three of the foreground, black elsewhere.
     """
     features = loaded.features(torch.from_numpy(shown).permute(0, 3, 1, 2), layers)
     tokens = [features.keys(layer).cpu() for layer in layers]
