@@ -35,11 +35,7 @@ _ANY = ("0.0.0.0", "::")
 
 
 def model_choices(specification: str) -> list[ModelChoice]:
-    """Return the menu entries of a model on the command line; for a run, its checkpoints and the untrained model.
-
-    Raises:
-        UserError: The folder holds no checkpoints.
-    """
+    """Return the menu entries of a model on the command line; for a run, its checkpoints and the untrained model."""
     label, source = split_label(specification)
     place, which = split_source(source)
     if which or not Path(place).is_dir() or is_model_folder(place):
@@ -54,19 +50,18 @@ def model_choices(specification: str) -> list[ModelChoice]:
 
 
 def default_choices(runs: Path = Path("runs")) -> tuple[list[ModelChoice], str]:
-    """Return the menu entries without --checkpoint, and a note about them for the page.
-
-    The newest run below `runs` comes first, then the packaged models and their untrained twins.
-    """
+    """Return the menu entries without --checkpoint (newest run, packaged models, their twins), and a note on them."""
     found = [path.parent for path in runs.glob("**/config.yaml") if checkpoint.newest(path.parent / "checkpoints")]
-    choices, note = [], f"The newest run below {runs}/ comes first. Open other models with --checkpoint."
     if found:
-        newest = max(found, key=lambda run: (run / "checkpoints").stat().st_mtime)
-        choices += model_choices(str(newest))
+        choices = model_choices(str(max(found, key=lambda run: (run / "checkpoints").stat().st_mtime)))
+        note = f"The newest run below {runs}/ comes first. Open other models with --checkpoint."
     else:
-        note = (
-            f"There is no run below {runs}/. These small models come with the package. Train your own with "
-            "crate-fast pretrain, or open one with --checkpoint."
+        choices, note = (
+            [],
+            (
+                f"There is no run below {runs}/. These small models come with the package. Train your own with "
+                "crate-fast pretrain, or open one with --checkpoint."
+            ),
         )
     names, group = packaged_models(), "models of the package"
     choices += [ModelChoice(f"shipped:{name}", record(name)["description"], group) for name in names]
@@ -97,18 +92,13 @@ def open_explorer(options: argparse.Namespace) -> Explorer:
 
 def _listen(host: str, port: int | None) -> socket.socket:
     """Return a listening socket at the port or, when None, at the first free port from the default on."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    ipv6 = ":" in host
     for candidate in [port] if port else range(PORT, PORT + 50):
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, candidate))
+        try:  # early requests wait for the server
+            family = socket.AF_INET6 if ipv6 else socket.AF_INET
+            return socket.create_server((host, candidate), family=family, dualstack_ipv6=ipv6)
         except (OSError, OverflowError) as error:
-            listener.close()
             last = error
-        else:
-            listener.listen()  # early requests wait for the server
-            return listener
     raise UserError(f"--host {host} --port {port or PORT}: {last}; give another --port or --host") from last
 
 
