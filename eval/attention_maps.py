@@ -58,9 +58,6 @@ def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int 
     Returns:
         Noisy copies, uint8 [B, C, H, W].
 
-    Raises:
-        UserError: The images are not uint8, or sigma, share or seed is out of range.
-
     >>> add_noise(torch.full((1, 3, 4, 4), 100, dtype=torch.uint8), 20, 0.5, seed=0).ne(100).any(dim=1).sum().item()
     8
     """

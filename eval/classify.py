@@ -99,9 +99,6 @@ def knn_predictions(
     Returns:
         k → predicted classes [m].
 
-    Raises:
-        UserError: A k is below 1 or above n.
-
     >>> knn_predictions(torch.eye(2), torch.tensor([4, 7]), torch.tensor([[0.1, 0.9]]), [1])
     {1: tensor([7])}
     """
@@ -152,10 +149,6 @@ def linear_probe(train: Tensor, labels: Tensor, val: Tensor, seed: int = 0) -> L
         labels: Training classes [n].
         val: Validation features [m, C].
         seed: Seed of the choice of held-out images.
-
-    Raises:
-        UserError: scikit-learn is missing, there are fewer than ten training images, or the images that are not held
-            out have fewer than two classes.
     """
     require("sklearn")
     from sklearn.exceptions import ConvergenceWarning
@@ -193,12 +186,7 @@ def check(
     pool: str = "cls",
     train_limit: int | None = None,
 ) -> None:
-    """Check the arguments of `evaluate` before anything is computed.
-
-    Raises:
-        UserError: A protocol is unknown, the head has another number of classes than the data set, the model lacks
-            the token to pool, or there are too few training images for a k or for the linear probe.
-    """
+    """Check the arguments of `evaluate` before anything is computed."""
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise UserError(f"--protocol {protocol!r}: choose among {', '.join(PROTOCOLS)}, separated by commas")

@@ -34,9 +34,6 @@ class BoxedImages(ImageFiles):
         boxes: A JSON file with file names relative to `root`, or a folder that is searched for XML files with the
             names of the images. A name without its folders is enough if it is unique on both sides.
         limit: Number of images, taken from the start; all when None. For `root` and `size` see `ImageFiles`.
-
-    Raises:
-        UserError: The annotations are missing, damaged, or name none of the images.
     """
 
     has_instances = True

@@ -27,11 +27,8 @@ def read_annotations(path: Path):
     """Open a file of COCO or LVIS instance annotations as pycocotools' index `COCO`.
 
     Some missing values are filled in: iscrowd (0), area and bbox (from the mask), file_name (the end of coco_url), a
-    category's name (its number), and an image's size (from its RLE masks). Annotations of unlisted images are left
-    out, as in pycocotools.
-
-    Raises:
-        UserError: Another field is missing or invalid; the message names file, annotation or image, and field.
+    category's name (its number), and an image's size (from its RLE masks). Another missing or invalid field is a
+    `UserError` that names it. Annotations of unlisted images are left out, as in pycocotools.
     """
     content = coco_content(path)
     if not content["images"]:
@@ -55,11 +52,7 @@ def read_annotations(path: Path):
 
 
 def coco_content(path: Path) -> dict[str, list[dict]]:
-    """Read the lists "images", "annotations" and "categories" of a file in COCO format; the last may be missing.
-
-    Raises:
-        UserError: The file is not JSON, or does not hold these lists of objects.
-    """
+    """Read the lists "images", "annotations" and "categories" of a file in COCO format; the last may be missing."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -283,9 +276,6 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
     Returns:
         "bbox" and "segm", each with AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm and ARl from 0 to 1, or
         −1 if there is no object of that size, as in pycocotools.
-
-    Raises:
-        UserError: None of the images has an annotated object.
     """
     from pycocotools.cocoeval import COCOeval
 

@@ -19,11 +19,7 @@ from crate_fast.train.distributed import choose_device
 
 
 def open_models(options: argparse.Namespace) -> list[LoadedModel]:
-    """Open every model that the command names.
-
-    Raises:
-        UserError: Two have the same label, or one cannot be opened; see `models.open_model`.
-    """
+    """Open every model that the command names."""
     labels_of(options.models)  # raises for equal labels before a model is opened
     device = choose_device(options.device)
     options.device = str(device)
@@ -62,9 +58,6 @@ class Evaluation:
         folder: Existing folder of the results: `--output`, or named after the protocol and the models.
         problems: One line for each unreadable image; filled by `images.batches`.
         written: Written files except results.json.
-
-    Raises:
-        UserError: The folder cannot be created or is not writable.
     """
 
     def __init__(self, protocol: str, options: argparse.Namespace, models: Sequence[LoadedModel], folder: str = ""):
@@ -122,9 +115,6 @@ class Evaluation:
         """Write results.json, and print `notes` and the written files.
 
         `config` holds settings in addition to those of the command line.
-
-        Raises:
-            UserError: A model could not be scored.
         """
         settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.options).items()}
         settings |= {"models": [loaded.facts for loaded in self.models]} | (config or {})
@@ -151,9 +141,6 @@ def read_images(
     Args:
         kept: Receives the samples, for the figures.
         containing: Read only images with a class of this name; `--limit` counts these images.
-
-    Raises:
-        UserError: No class has that name, or no image contains it.
     """
     limit, wanted = evaluation.options.limit, None
     images = open_images(evaluation.options.data, loaded.extract.image_size[0], None if containing else limit)

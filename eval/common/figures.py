@@ -49,14 +49,9 @@ def image_grid(
     column_titles: Sequence[str] | None = None,
     title: str | None = None,
 ) -> None:
-    """Write a grid of pictures.
+    """Write a grid of pictures to `paths`, in the formats of their suffixes (.png, .pdf).
 
-    Args:
-        rows: Pictures row by row, at least one; None leaves a cell empty. Rows may have different lengths.
-        paths: Files to write; the suffix (.png, .pdf) decides the format.
-        row_titles: Titles to the left of the rows.
-        column_titles: Titles above the first row.
-        title: Title of the figure.
+    `rows` is not empty; rows may have different lengths, and None leaves a cell empty.
     """
     columns = max(map(len, rows))
     with plt.rc_context(_STYLE | {"axes.grid": False, "text.parse_math": False}):  # file names may contain $_^
@@ -65,8 +60,18 @@ def image_grid(
         axis = figure.add_axes((0, 0, 1, 1))  # one for all cells: many axes take seconds to draw
         for row, pictures in enumerate(rows):
             for column, picture in enumerate(pictures):
-                if picture is not None:
-                    _draw(axis, picture, column, row)
+                if picture is None:
+                    continue
+                # in the middle of a cell of side 1, with a margin
+                height, width = (picture.pixels if picture.over is None else picture.over).shape[:2]
+                half = [(0.5 - _MARGIN) * side / max(height, width) for side in (width, height)]
+                extent = (column + 0.5 - half[0], column + 0.5 + half[0], row + 0.5 + half[1], row + 0.5 - half[1])
+                how = {"interpolation": "nearest", "extent": extent}
+                if picture.over is not None:
+                    axis.imshow(picture.over, **how)
+                    how["alpha"] = 0.55
+                low, high = picture.limits or (None, None)
+                axis.imshow(picture.pixels, cmap=picture.colours, vmin=low, vmax=high, **how)
         axis.set(xlim=(0, columns), ylim=(len(rows), 0))
         axis.spines[:].set_visible(False)
         axis.set_xticks([column + 0.5 for column in range(columns)], column_titles or [""] * columns)
@@ -81,21 +86,6 @@ def image_grid(
         figure.set_size_inches(whole)
         axis.set_position((*(before / whole), *(size / whole)))
         save_figure(figure, paths)
-
-
-def _draw(axis, picture: Picture, column: int, row: int) -> None:
-    """Draw a picture in the middle of a cell of side 1, with a margin."""
-    height, width = (picture.pixels if picture.over is None else picture.over).shape[:2]
-    half = [(0.5 - _MARGIN) * side / max(height, width) for side in (width, height)]
-    extent = (column + 0.5 - half[0], column + 0.5 + half[0], row + 0.5 + half[1], row + 0.5 - half[1])
-    how = {"interpolation": "nearest", "extent": extent}
-    if picture.over is not None:
-        axis.imshow(picture.over, **how)
-        how["alpha"] = 0.55
-    if picture.pixels.ndim == 2:
-        low, high = picture.limits or (None, None)
-        how |= {"cmap": picture.colours, "vmin": low, "vmax": high}
-    axis.imshow(picture.pixels, **how)
 
 
 @dataclass(frozen=True)
@@ -122,8 +112,7 @@ def curve_figure(
 
     Args:
         panels: Label of the y-axis → curves.
-        xlabel: Label of every x-axis.
-        paths: Files to write; the suffix (.png, .pdf) decides the format.
+        xlabel, paths: Label of every x-axis; files, in the formats of their suffixes (.png, .pdf).
         from_zero: Start every y-axis at 0, so that differences of scores do not look larger than they are.
         columns: Charts per row; all in one row when None.
         labels: Labels that get the first colours, in this order, so that several figures use the same.
@@ -141,7 +130,13 @@ def curve_figure(
             axis.set_visible(False)
         for axis, (name, curves) in zip(axes.flat, panels.items(), strict=False):
             for curve in curves:
-                _draw_curve(axis, curve, colours[curve.like or curve.label])
+                x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
+                colour = colours[curve.like or curve.label]
+                marker = {"ls": "--"} if curve.dashed else {"marker": "o" if len(x) <= 32 else "", "ms": 3}
+                axis.plot(x, y, color=colour, lw=1.4, label=curve.label.replace("$", r"\$"), **marker)
+                if curve.spread is not None:
+                    band = np.asarray(curve.spread, float)
+                    axis.fill_between(x, y - band, y + band, color=colour, alpha=0.15, lw=0)
             axis.set(xlabel=xlabel, ylabel=name)
             if from_zero:
                 axis.set_ylim(bottom=0)
@@ -155,15 +150,6 @@ def curve_figure(
             place = {"loc": "outside lower center", "ncols": min(5, len(named)), "fontsize": 7}
             figure.legend(named.values(), named.keys(), **place)
         save_figure(figure, paths)
-
-
-def _draw_curve(axis, curve: Curve, colour: str) -> None:
-    x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
-    marker = {"ls": "--"} if curve.dashed else {"marker": "o" if len(x) <= 32 else "", "ms": 3}
-    axis.plot(x, y, color=colour, lw=1.4, label=curve.label.replace("$", r"\$"), **marker)
-    if curve.spread is not None:
-        band = np.asarray(curve.spread, float)
-        axis.fill_between(x, y - band, y + band, color=colour, alpha=0.15, lw=0)
 
 
 def save_figure(figure, paths: Sequence[Path]) -> None:

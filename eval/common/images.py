@@ -112,9 +112,6 @@ class ImageFiles(Dataset):
     """Images of a folder, sorted by path; base class of the other data sets.
 
     Images are squashed to squares of `size` pixels.
-
-    Raises:
-        UserError: The folder does not exist or has no images.
     """
 
     labelled, has_instances = False, False
@@ -217,9 +214,6 @@ class CocoImages(ImageFiles):
 
     Attributes:
         coco: pycocotools' index of the annotations, from `coco.read_annotations`.
-
-    Raises:
-        UserError: The folder or the annotation file is missing, or an annotation is incomplete.
     """
 
     labelled, has_instances = True, True
@@ -362,9 +356,6 @@ def batches(
         workers: Number of reading processes; 0 reads in this process.
         progress: Title of the progress bar; no bar when None.
         allow_none: Accept data without a readable image, such as the part of one rank.
-
-    Raises:
-        UserError: No image can be read.
     """
     problems = [] if problems is None else problems
     loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)

@@ -87,11 +87,7 @@ def split_label(specification: str) -> tuple[str, str]:
 
 
 def labels_of(specifications: Sequence[str]) -> list[str]:
-    """Return the names of models in tables and figures.
-
-    Raises:
-        UserError: Two models have the same name.
-    """
+    """Return the names of models in tables and figures; two equal names are a `UserError`."""
     labels = [split_label(specification)[0] for specification in specifications]
     for label in labels:
         if labels.count(label) > 1:

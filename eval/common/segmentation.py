@@ -113,9 +113,6 @@ class AttentionScores:
     Args:
         fraction: See `attention_to_mask`.
         seed: Seed of the random maps.
-
-    Raises:
-        UserError: The fraction is out of range.
     """
 
     def __init__(self, fraction: float = 0.6, seed: int = 0):
@@ -169,11 +166,7 @@ class AttentionScores:
         return attention_to_mask(maps, reading, self.fraction) if reading in THRESHOLDS else maps
 
     def result(self) -> dict[str, dict]:
-        """Return the scores of `score_attention`; each layer also has "by_class", class → best-head score.
-
-        Raises:
-            NoObjectsError: No image has an object that covers a patch.
-        """
+        """Return the scores of `score_attention`; each layer also has "by_class", class → best-head score."""
         if not self.images:
             raise NoObjectsError(
                 f"none of the {self.without_objects} images has an object that covers a patch: use images with "
