@@ -5,7 +5,6 @@ fixed here, so AP is reproducible. Another order would change AP but not AR, so 
 """
 
 import io
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -13,10 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from crate_fast.errors import UserError
 
@@ -34,6 +30,7 @@ def read_annotations(path: Path):
     if not content["images"]:
         raise UserError(f"{path} lists no images: 'images' is empty; name another file")
     images = checked_images(content["images"], path)
+    index = index_of(content["images"], [], [])
     for number, category in enumerate(content["categories"]):
         _must_be((int,), category, "id", f"{path}: categories[{number}]")
         category["name"] = str(category.get("name") or category["id"])
@@ -46,7 +43,7 @@ def read_annotations(path: Path):
         _must_be((int, str), annotation, "id", where)
         where = f"{path}: annotation {annotation['id']!r}"
         _must_be((int,), annotation, "category_id", where)
-        _complete(annotation, images[annotation["image_id"]], where)
+        _complete(annotation, index, where)
         annotations.append(annotation)
     return index_of(content["images"], annotations, content["categories"])
 
@@ -85,19 +82,6 @@ def require_objects(coco, image_ids: Sequence) -> None:
             f"none of the {len(image_ids)} images has an annotated object, so AP is undefined: use more images "
             "(--limit), or folder:PATH for detections without AP"
         )
-
-
-def _as_one_category(coco, image_ids: Sequence):
-    """Copy the annotations with category 1 only, and number images (in the given order) and annotations from 1.
-
-    pycocotools treats annotation id 0 as "no match", and reads annotations with a repeated id twice.
-    """
-    images, annotations = [], []
-    for number, image_id in enumerate(image_ids, start=1):
-        images.append(coco.imgs.get(image_id, {}) | {"id": number})
-        for annotation in coco.imgToAnns.get(image_id, ()):
-            annotations.append(annotation | {"id": len(annotations) + 1, "image_id": number, "category_id": 1})
-    return index_of(images, annotations, [{"id": 1, "name": "object"}])
 
 
 def _no_annotations(path: Path, reason: str) -> UserError:
@@ -140,7 +124,7 @@ def checked_images(entries: list[dict], path: Path) -> dict[int | str, dict]:
     return images
 
 
-def _complete(annotation: dict, image: dict, where: str) -> None:
+def _complete(annotation: dict, index, where: str) -> None:
     """Check an annotation and fill in its missing values; an image without a size gets that of an RLE mask."""
     from pycocotools import mask as rle
 
@@ -150,10 +134,10 @@ def _complete(annotation: dict, image: dict, where: str) -> None:
     _must(area is None or (finite([area]) and area >= 0), annotation, "area", "a number of at least 0", where)
     is_box = not box or (isinstance(box, list) and len(box) == 4 and finite(box) and min(box[2:]) >= 0)
     _must(is_box, annotation, "bbox", "[x, y, width, height]", where)
-    _check_segmentation(annotation, image, where)
+    _check_segmentation(annotation, index.imgs[annotation["image_id"]], where)
     if area is not None and box and 0 not in box[2:]:  # COCO's train2017 has a box of height 0
         return
-    segmentation = _encoded(annotation["segmentation"], image["height"], image["width"])
+    segmentation = index.annToRLE(annotation)
     annotation["area"] = float(rle.area(segmentation)) if area is None else area
     if not box or (0 in box[2:] and rle.area(segmentation)):
         annotation["bbox"] = rle.toBbox(segmentation).tolist()
@@ -227,15 +211,6 @@ def _decoded(counts: object) -> list[int] | None:
     return None if shift else runs
 
 
-def _encoded(segmentation: list | dict, height: int, width: int) -> dict:
-    """Return a segmentation as compressed RLE."""
-    from pycocotools import mask as rle
-
-    if isinstance(segmentation, list):
-        return rle.merge(rle.frPyObjects(segmentation, height, width))
-    return rle.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
-
-
 def enlarge(masks: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
     """Resize boolean masks [n, rows, columns] to [n, height, width], with a threshold of one half.
 
@@ -248,11 +223,7 @@ def enlarge(masks: np.ndarray, size: tuple[int, int], resample: Image.Resampling
 
 
 def detections_of(masks: np.ndarray, image_id: int | str) -> list[dict]:
-    """Return COCO results of one image: one entry for each non-empty boolean mask of [n, H, W].
-
-    An entry has "image_id", "category_id" 1, "segmentation" (compressed RLE), a tight "bbox" [x, y, width, height] in
-    pixels, and "score" 1.
-    """
+    """Return COCO results of one image, with a tight box and score 1, for the non-empty masks of [n, H, W]."""
     from pycocotools import mask as rle
 
     entries = []
@@ -266,23 +237,24 @@ def detections_of(masks: np.ndarray, image_id: int | str) -> list[dict]:
 
 
 def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Score boxes and masks by class-agnostic AP and AR.
+    """Score the boxes ("bbox") and masks ("segm") of COCO results by class-agnostic AP and AR, 12 numbers each.
 
-    Args:
-        coco: Ground truth, pycocotools' `COCO` as completed by `read_annotations`; any ids and categories.
-        detections: COCO results; their categories are ignored.
-        image_ids: Ids of the evaluated images; the objects of images without detections count as missed.
-
-    Returns:
-        "bbox" and "segm", each with AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm and ARl from 0 to 1, or
-        −1 if there is no object of that size, as in pycocotools.
+    `coco` is an index as completed by `read_annotations`, with any ids and categories. The objects of images without
+    detections count as missed. Scores are from 0 to 1, or −1 if there is no object of that size.
     """
     from pycocotools.cocoeval import COCOeval
 
     image_ids = sorted(set(image_ids))
     require_objects(coco, image_ids)
-    truth = _as_one_category(coco, image_ids)
+    # Images and annotations are numbered from 1. To pycocotools, annotation id 0 means "no match", and annotations of
+    # a repeated id are read twice.
     numbers = {image_id: number for number, image_id in enumerate(image_ids, start=1)}
+    images, annotations = [], []
+    for image_id, number in numbers.items():
+        images.append(coco.imgs.get(image_id, {}) | {"id": number})
+        for annotation in coco.imgToAnns.get(image_id, ()):
+            annotations.append(annotation | {"id": len(annotations) + 1, "image_id": number, "category_id": 1})
+    truth = index_of(images, annotations, [{"id": 1, "name": "object"}])
     ordered = sorted((d for d in detections if d["image_id"] in numbers), key=lambda d: numbers[d["image_id"]])
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
     scores = {}
@@ -292,30 +264,13 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
                 {"image_id": numbers[d["image_id"]], "category_id": 1, "score": d["score"], field: d[field]}
                 for d in ordered
             ]
-            found = truth.loadRes(entries) if entries else index_of(truth.dataset["images"], [], [])
+            found = truth.loadRes(entries) if entries else index_of(images, [], [])
             evaluation = COCOeval(truth, found, kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
             scores[kind] = dict(zip(names, map(float, evaluation.stats), strict=True))
     return scores
-
-
-_COLOURS = ((230, 60, 50), (60, 130, 230), (60, 180, 80), (240, 180, 40), (160, 90, 210), (40, 190, 200))
-
-
-def paint_detections(picture: Tensor, detections: Sequence[dict]) -> Tensor:
-    """Draw detections over a copy of an image, uint8 [3, H, W], each in its own colour."""
-    from pycocotools import mask as rle
-
-    line = max(1, min(picture.shape[1:]) // 150)
-    for entry, colour in zip(detections, itertools.cycle(_COLOURS), strict=False):
-        mask = torch.from_numpy(rle.decode(entry["segmentation"])).bool()
-        x, y, width, height = entry["bbox"]
-        corners = torch.tensor([[x, y, x + width - 1, y + height - 1]])
-        picture = draw_segmentation_masks(picture, mask, alpha=0.55, colors=colour)
-        picture = draw_bounding_boxes(picture, corners, colors=colour, width=line)
-    return picture
 
 
 def require_crf():
@@ -330,17 +285,11 @@ def require_crf():
 
 
 def refine(mask: np.ndarray, image: np.ndarray) -> np.ndarray | None:
-    """Fit a mask to the image's edges with a CRF and fill its holes (paper, B.4; not used for its Table 1).
+    """Fit a boolean mask [H, W] to the edges of an image [H, W, 3] with a CRF, and fill its holes (paper, B.4).
 
     Krähenbühl and Koltun's mean-field inference with CutLER's constants: 10 iterations; Gaussian kernel of 3 pixels,
     weight 7; bilateral kernel of 50 pixels and 5 grey levels, weight 10; probability e/(1 + e) of the mask's label.
-
-    Args:
-        mask: Boolean [H, W].
-        image: uint8 [H, W, 3].
-
-    Returns:
-        Boolean [H, W]; None if the IoU of the result with the mask is below ½.
+    Return None if the IoU of the result with the mask is below ½. The paper's Table 1 does not use it.
     """
     from scipy.ndimage import binary_fill_holes
 

@@ -109,10 +109,7 @@ def box_corners(masks: Tensor) -> Tensor:
 
 
 class ImageFiles(Dataset):
-    """Images of a folder, sorted by path; base class of the other data sets.
-
-    Images are squashed to squares of `size` pixels.
-    """
+    """Images of a folder, sorted by path, squashed to squares of `size` pixels; base class of the other data sets."""
 
     labelled, has_instances = False, False
 
@@ -210,11 +207,7 @@ class VocImages(ImageFiles):
 
 
 class CocoImages(ImageFiles):
-    """COCO images, sorted by id. A category's mask is the union of its instances; crowds are void.
-
-    Attributes:
-        coco: pycocotools' index of the annotations, from `coco.read_annotations`.
-    """
+    """COCO images, sorted by id. A category's mask is the union of its instances; crowds are void."""
 
     labelled, has_instances = True, True
 
@@ -233,10 +226,10 @@ class CocoImages(ImageFiles):
         path = self.root / split / image["file_name"]
         name = image["file_name"].replace("\\", "/")  # some tools on Windows write backslashes
         elsewhere = [self.root / split / name, self.root / name]
-        if folder := str(image.get("coco_url", "")).split("/")[-2:-1]:
-            elsewhere.append(
-                self.root.joinpath(*folder, path.name)
-            )  # some of LVIS's validation images are in train2017
+        if folder := str(image.get("coco_url", "")).split("/")[
+            -2:-1
+        ]:  # of some of LVIS's validation images, train2017
+            elsewhere.append(self.root.joinpath(*folder, path.name))
         return next((place for place in [path, *elsewhere] if place.exists()), path)
 
     def annotated_size(self, key: str | int) -> tuple[int, int] | None:
@@ -276,10 +269,7 @@ class SceneImages(ImageFiles):
 
     @functools.cached_property
     def coco(self):
-        """Return pycocotools' index of the objects, one per image; built on first use.
-
-        Distractors are not annotated, so detecting them lowers AP.
-        """
+        """Return pycocotools' index of the objects. Distractors are not annotated, so detecting them lowers AP."""
         from pycocotools import mask as rle
 
         annotations = []
@@ -319,17 +309,20 @@ def open_images(specification: str, size: int, limit: int | None = None) -> Data
         if rest and not rest.isdigit():
             raise UserError(f"--data {specification}: write shape_scenes or shape_scenes:SEED")
         return SceneImages(size, limit or 500, int(rest or 0))
-    kinds = {"folder": ImageFiles, "voc": VocImages, "coco": CocoImages}
     if specification == "photographs":
         images = FreePhotographs(size)
-    elif kind not in kinds or not rest:
+    elif kind == "folder" and rest:
+        images = ImageFiles(Path(rest), size)
+    elif kind == "voc" and rest:
+        images = VocImages(Path(rest), size)
+    elif kind == "coco" and rest:
+        path, _, split = rest.rpartition(":")
+        if not path or Path(rest).exists():
+            path, split = rest, ""
+        images = CocoImages(Path(path), size, split or "val2017")
+    else:
         known = "folder:PATH, voc:PATH, coco:PATH[:SPLIT], shape_scenes[:SEED] or photographs"
         raise UserError(f"--data {specification!r}: write {known}")
-    else:
-        path, _, split = rest.rpartition(":")
-        if kind != "coco" or not path or Path(rest).exists():
-            path, split = rest, ""
-        images = kinds[kind](Path(path), size, **({"split": split} if split else {}))
     images.items = images.items[:limit]
     return images
 

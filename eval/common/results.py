@@ -115,11 +115,8 @@ class Records:
 
     An incomplete line of a killed process is ignored, so its image is processed again.
 
-    Args:
-        folder: Folder of the files; created if missing.
-        settings: Settings that the records depend on.
-        rank: Rank of this process. Rank 0 writes or compares settings.json and must be constructed first.
-        key: Name of the field that identifies a record.
+    Rank 0 writes or compares settings.json, before another rank reads or appends. `key` is the name of the field that
+    identifies a record.
     """
 
     def __init__(self, folder: Path, settings: dict, rank: int = 0, key: str = "image_id"):
