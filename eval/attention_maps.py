@@ -49,14 +49,10 @@ def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int 
     share adds pixels to those of a smaller share.
 
     Args:
-        images: uint8 [B, C, H, W].
+        images: uint8 [B, C, H, W], which are not changed.
         sigma: Standard deviation, on the scale of 0..255.
         share: Share of noisy pixels, 0 to 1.
-        seed: Not negative.
         first: Number of the first image in its data set.
-
-    Returns:
-        Noisy copies, uint8 [B, C, H, W].
 
     >>> add_noise(torch.full((1, 3, 4, 4), 100, dtype=torch.uint8), 20, 0.5, seed=0).ne(100).any(dim=1).sum().item()
     8
@@ -135,25 +131,20 @@ def evaluate(
         heads = zip(*row, strict=True)
         heads = [{"entropy": e, "entropy_normalised": n, "peak": list(divmod(p, grid[1]))} for e, n, p in heads]
         images.append({"name": name, "heads": heads})
-    levels = [torch.cat(level) for level in noisy]
+    levels, agreement = [torch.cat(level) for level in noisy], []
+    for (sigma, share), level in zip(noise, levels, strict=True):
+        per_head = map_correlation(maps, level).nanmean(dim=0)
+        mean, *values = (None if math.isnan(v) else v for v in (per_head.nanmean().item(), *per_head.tolist()))
+        agreement.append({"sigma": sigma, "share": share, "correlation": mean, "per_head": values})
     return {
         "layer": layer,
         "grid": list(grid),
         "images": images,
         "mean": {"entropy": entropy.mean(dim=0).tolist(), "entropy_normalised": normalised.mean(dim=0).tolist()},
-        "noise": [
-            {"sigma": sigma, "share": share} | _agreement(maps, level)
-            for (sigma, share), level in zip(noise, levels, strict=True)
-        ],
+        "noise": agreement,
         "maps": maps.unflatten(-1, grid).numpy(),
         "noisy_maps": torch.stack(levels).unflatten(-1, grid).numpy() if levels else None,
     }
-
-
-def _agreement(clean: Tensor, noisy: Tensor) -> dict:
-    per_head = map_correlation(clean, noisy).nanmean(dim=0)
-    mean, *values = (None if math.isnan(v) else v for v in (per_head.nanmean().item(), *per_head.tolist()))
-    return {"correlation": mean, "per_head": values}
 
 
 class _ModelMaps(NamedTuple):
@@ -224,27 +215,6 @@ def _noise_figures(
     return written
 
 
-def _noise_levels(options: argparse.Namespace) -> list[tuple[float, float]]:
-    if options.figure == "noise_sigma":
-        return [(sigma, options.share) for sigma in options.levels or SIGMAS]
-    if options.figure == "noise_share":
-        return [(options.sigma, share) for share in options.levels or SHARES]
-    if options.levels:
-        raise UserError(f"--levels has no effect on --figure {options.figure}: use noise_sigma or noise_share")
-    return []
-
-
-def _check_heads(heads: Sequence[int | str], noise: bool, labelled: bool, models: Sequence[LoadedModel]) -> None:
-    for loaded in models:
-        for head in heads:
-            if isinstance(head, int) and head >= loaded.extract.heads:
-                raise UserError(f"--heads {head}: {loaded.label} has heads 0 to {loaded.extract.heads - 1}")
-    if "best" in heads and noise:
-        raise UserError("--heads best would change heads between noise levels: choose heads by number")
-    if "best" in heads and not labelled:
-        raise UserError("--heads best needs object masks: use coco, voc or shape_scenes as --data")
-
-
 def _table(label: str, outcome: dict) -> list[dict]:
     row = {"model": label, "layer": outcome["layer"]}
     if outcome["noise"]:
@@ -255,17 +225,29 @@ def _table(label: str, outcome: dict) -> list[dict]:
 
 
 def _command(options: argparse.Namespace) -> None:
-    noise = _noise_levels(options)
+    noise: list[tuple[float, float]] = []
+    if options.figure == "noise_sigma":
+        noise = [(sigma, options.share) for sigma in options.levels or SIGMAS]
+    elif options.figure == "noise_share":
+        noise = [(options.sigma, share) for share in options.levels or SHARES]
+    elif options.levels:
+        raise UserError(f"--levels has no effect on --figure {options.figure}: use noise_sigma or noise_share")
     for level in noise:
         check_noise(*level, options.seed)
     models = open_models(options)
     labelled = not options.data.startswith(("folder", "photographs"))
     default = {"heads": ["all", "mean"], "models": ["mean", "best"] if labelled else ["mean"]}
     heads = options.heads or default.get(options.figure, ["all"])
-    _check_heads(heads, bool(noise), labelled, models)
+    if "best" in heads and noise:
+        raise UserError("--heads best would change heads between noise levels: choose heads by number")
+    if "best" in heads and not labelled:
+        raise UserError("--heads best needs object masks: use coco, voc or shape_scenes as --data")
     for loaded in models:
         loaded.require_cls()
         loaded.extract.resolve_layer(options.layer)
+        for head in heads:
+            if isinstance(head, int) and head >= loaded.extract.heads:
+                raise UserError(f"--heads {head}: {loaded.label} has heads 0 to {loaded.extract.heads - 1}")
     evaluation = Evaluation("attention_maps", options, models)
     results, rows, shown = {}, [], []
     for loaded in models:

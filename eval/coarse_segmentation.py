@@ -21,7 +21,7 @@ from crate_fast.errors import UserError
 from crate_fast.eval.common import segmentation
 from crate_fast.eval.common.command import Evaluation, attention_layers, open_data, open_models
 from crate_fast.eval.common.figures import Picture, image_rows, write_pages
-from crate_fast.eval.common.images import Sample, batches, readable
+from crate_fast.eval.common.images import batches, readable
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.options import main_of
 
@@ -73,24 +73,21 @@ def _row(label: str, reading: str, scores: dict, row: dict, marked: int) -> dict
     }
 
 
-def _best_mask(loaded: LoadedModel, sample: Sample, layer: int, threshold: str, options) -> Picture:
-    """Return the mask of the head with the largest IoU with the union of the objects."""
-    features = loaded.features(sample.image[None], [layer])
-    masks = segmentation.attention_to_mask(features.cls_attention(layer)[0].cpu(), threshold, options.fraction)
-    objects, valid = sample.target.on_grid(features.grid)
-    head = segmentation.intersection_over_union(masks, objects.any(dim=0), valid).argmax()
-    return Picture(masks[head].view(features.grid).float().numpy(), "gray", (0, 1))
-
-
 def _figure(
     shown: Sequence[tuple[LoadedModel, Dataset, int]], threshold: str, options: argparse.Namespace, folder: Path
 ) -> list[Path]:
-    """Draw image, objects and each model's best mask for the first readable images (paper, Fig. 4a)."""
+    """Draw the first readable images, their objects and each model's mask of the largest IoU (paper, Fig. 4a)."""
     first = list(itertools.islice(readable(shown[0][1]), options.figure_images))
-    columns = {
-        f"{loaded.label}, layer {layer}": [_best_mask(loaded, images[i], layer, threshold, options) for i, _ in first]
-        for loaded, images, layer in shown
-    }
+    columns: dict[str, list[Picture]] = {}
+    for loaded, images, layer in shown:
+        pictures = columns[f"{loaded.label}, layer {layer}"] = []
+        for sample in (images[number] for number, _ in first):
+            features = loaded.features(sample.image[None], [layer])
+            attention = features.cls_attention(layer)[0].cpu()
+            masks = segmentation.attention_to_mask(attention, threshold, options.fraction)
+            objects, valid = sample.target.on_grid(features.grid)
+            head = segmentation.intersection_over_union(masks, objects.any(dim=0), valid).argmax()
+            pictures.append(Picture(masks[head].view(features.grid).float().numpy(), "gray", (0, 1)))
     rows, titles = image_rows([sample for _, sample in first], columns)
     return write_pages(rows, folder, f"masks_{threshold}", None, titles)
 

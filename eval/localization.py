@@ -36,9 +36,9 @@ from torchvision.utils import draw_bounding_boxes
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.boxes import BoxedImages, covered
-from crate_fast.eval.common.command import Evaluation, attention_layers, open_models
+from crate_fast.eval.common.command import Evaluation, attention_layers, open_data, open_models
 from crate_fast.eval.common.figures import Picture, image_picture, write_pages
-from crate_fast.eval.common.images import Sample, batches, open_images, readable
+from crate_fast.eval.common.images import Sample, batches, readable
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import average_precision
 from crate_fast.options import main_of
@@ -50,14 +50,10 @@ _CONNECTIVITY[1] = True
 
 
 def largest_boxes(maps: np.ndarray) -> np.ndarray:
-    """Find the box of the largest connected component of each map above each threshold.
+    """Find the box of the largest connected component of each map [K, h, w], scaled to [0, 1], above each threshold.
 
-    Args:
-        maps: Finite values [K, h, w]; each map is scaled to [0, 1]. Pixels above a threshold are connected to their
-            eight neighbours.
-
-    Returns:
-        [K, T, 4]: left, top, right, bottom in pixels, the last two exclusive; zeros if no pixel is above.
+    Return [K, T, 4]: left, top, right, bottom in pixels, the last two exclusive; zeros if no pixel is above. Pixels
+    are connected to their eight neighbours.
     """
     from scipy.ndimage import find_objects, label
 
@@ -142,14 +138,13 @@ def _scores(iou: np.ndarray, pointing: np.ndarray, ap: np.ndarray) -> dict[str, 
     }
 
 
-def _baseline_scores(maps: Sequence[Tensor], truths: Sequence[np.ndarray], resolution: int) -> dict[str, float]:
-    """Score a baseline, one map [rows, columns] per image."""
-    measured = [_measure(prior[None], truth, resolution) for prior, truth in zip(maps, truths, strict=True)]
-    return _summary(measured)["best_head"]
-
-
 def _baselines(truths: list[np.ndarray], grid: tuple[int, int], resolution: int) -> dict[str, dict[str, float]]:
     """Score the centre, the mean box of the other half of the images, and the whole picture."""
+
+    def scores(maps: Sequence[Tensor]) -> dict[str, float]:  # one map [rows, columns] per image
+        measured = [_measure(prior[None], truth, resolution) for prior, truth in zip(maps, truths, strict=True)]
+        return _summary(measured)["best_head"]
+
     y, x = (torch.linspace(-1, 1, side) for side in grid)
     centre = -(y[:, None] ** 2 + x**2)
     boxes = torch.from_numpy(np.stack([covered(truth, *grid) for truth in truths])).double()
@@ -157,8 +152,8 @@ def _baselines(truths: list[np.ndarray], grid: tuple[int, int], resolution: int)
     whole = np.stack([np.repeat(_best_iou(np.float64([0, 0, 1, 1]), truth), len(THRESHOLDS)) for truth in truths])
     share = boxes.mean(dim=(1, 2)).numpy()  # expectation for a random point, and for patches in random order
     return {
-        "centre": _baseline_scores([centre] * len(truths), truths, resolution),
-        "mean box": _baseline_scores([means[i % 2] for i in range(len(truths))], truths, resolution),
+        "centre": scores([centre] * len(truths)),
+        "mean box": scores([means[i % 2] for i in range(len(truths))]),
         "whole picture": _scores(whole, share, share),
     }
 
@@ -260,7 +255,18 @@ def _figure(
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
     layers = attention_layers(options, models)
-    data = {loaded.label: _open_data(options, loaded.extract.image_size[0]) for loaded in models}
+    data: dict[str, Dataset] = {}
+    kind, _, path = options.data.partition(":")
+    if options.boxes and (kind != "folder" or not path):
+        raise UserError(f"--data {options.data}: with --boxes it must be folder:PATH")
+    for loaded in models:
+        if options.boxes:
+            images = BoxedImages(Path(path), loaded.extract.image_size[0], options.boxes, options.limit)
+        else:
+            images = open_data(options, loaded)
+        if not images.has_instances:
+            raise UserError(f"--data {options.data} has no boxes: use coco:PATH, or name them with --boxes")
+        data[loaded.label] = images
     evaluation = Evaluation("localization", options, models)
 
     def score(loaded: LoadedModel) -> dict:
@@ -279,18 +285,6 @@ def _command(options: argparse.Namespace) -> None:
         f"images with a box: {counts['images']}, without: {counts['without_boxes']}",
     ]
     evaluation.finish(results, None, notes)
-
-
-def _open_data(options: argparse.Namespace, size: int) -> Dataset:
-    if options.boxes is None:
-        images = open_images(options.data, size, options.limit)
-        if not images.has_instances:
-            raise UserError(f"--data {options.data} has no boxes: use coco:PATH, or name them with --boxes")
-        return images
-    kind, _, path = options.data.partition(":")
-    if kind != "folder" or not path:
-        raise UserError(f"--data {options.data}: with --boxes it must be folder:PATH")
-    return BoxedImages(Path(path), size, options.boxes, options.limit)
 
 
 main = main_of("eval localization", _command)

@@ -39,15 +39,10 @@ class TooFewPatchesError(UserError):
 
 
 def principal_components(tokens: Tensor, count: int, centred: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the leading eigenvectors of ZᵀZ for tokens Z [n, C], in float64.
+    """Return the leading eigenvectors of ZᵀZ for tokens Z [n, C], float64 [C, count], and their shares of ‖Z‖².
 
-    Args:
-        tokens: [n, C].
-        count: Number of eigenvectors.
-        centred: Subtract the tokens' mean first, as textbooks do; the paper does not.
-
-    Returns:
-        (components [C, count], each with a positive entry of largest magnitude; their shares of ‖Z‖² [count]).
+    Their entries of largest magnitude are positive. `centred` subtracts the tokens' mean first, as textbooks do; the
+    paper does not.
     """
     if tokens.shape[-1] < count:
         raise UserError(f"{count} components need {count} features, not {tokens.shape[-1]}: use a wider model")
@@ -71,7 +66,7 @@ class Foreground(NamedTuple):
 
 
 def check_foreground(grid: tuple[int, int], threshold: float, scaling: str) -> None:
-    """Raise a `UserError` if settings of `foreground` are out of range or the grid is too small."""
+    """Raise a `UserError` for wrong settings of `foreground`."""
     if scaling not in SCALINGS:
         raise UserError(f"scaling={scaling!r}: choose one of {', '.join(map(repr, SCALINGS))}")
     if not threshold >= 0:
@@ -139,7 +134,6 @@ def pca_rgb(
 
     Raises:
         TooFewPatchesError: Fewer than first + 3 patches are chosen.
-        UserError: C is below first + 2, or a feature is not finite.
     """
     mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device) if mask is None else mask
     tokens = features[mask].double()
@@ -211,7 +205,17 @@ def evaluate(
             names = [str(sample.key) for sample in together]
             result["groups"].append({"images": names, "explained": found.explained} | outcome)
             result["projections"] += list(found.projection.unflatten(1, grid).numpy())
-            result["images"] += [_describe(s, mask, grid) for s, mask in zip(together, found.mask, strict=True)]
+            for sample, mask in zip(together, found.mask, strict=True):
+                image = {"name": str(sample.key), "foreground_share": mask.double().mean().item()}
+                image |= {"iou": None, "constant_iou": None}
+                if sample.target is not None:
+                    masks, valid = sample.target.on_grid(grid)
+                    union = masks.any(dim=0)
+                    if union.any():
+                        image["iou"] = intersection_over_union(mask, union, valid).item()
+                        whole = torch.ones_like(mask)
+                        image["constant_iou"] = intersection_over_union(whole, union, valid).item()
+                result["images"].append(image)
         result["mean"] = {}
         for name in ("foreground_share", "iou", "constant_iou"):
             values = [image[name] for image in result["images"] if image[name] is not None]
@@ -220,17 +224,6 @@ def evaluate(
         result["mean"]["explained"] = [sum(shares) / len(shares) for shares in explained]
         results.append(result)
     return {"layers": results}
-
-
-def _describe(sample: Sample, mask: Tensor, grid: tuple[int, int]) -> dict:
-    scores = {"iou": None, "constant_iou": None}
-    if sample.target is not None:
-        masks, valid = sample.target.on_grid(grid)
-        union = masks.any(dim=0)
-        if union.any():
-            predicted = {"iou": mask, "constant_iou": torch.ones_like(mask)}
-            scores = {name: intersection_over_union(p, union, valid).item() for name, p in predicted.items()}
-    return {"name": str(sample.key), "foreground_share": mask.double().mean().item()} | scores
 
 
 def _figure(
@@ -275,7 +268,10 @@ def _command(options: argparse.Namespace) -> None:
         layers = range(loaded.extract.depth) if options.layers == "all" else options.layers
         outcome = evaluate(loaded, images, layers, **settings)["layers"]
         for result in outcome:
-            _warn(loaded.label, result)
+            for group in result["groups"]:
+                if group["problem"]:
+                    where = f"layer {result['layer']}, images {group['images'][0]} to {group['images'][-1]}"
+                    print(f"no colours for {loaded.label}, {where}: {group['problem']}", file=sys.stderr)
         if len(outcome) > 1:
             by_layer = {f"layer {result['layer']}": result for result in outcome}
             evaluation.written += _figure(by_layer, samples, first, evaluation.model_folder(loaded), loaded.label)
@@ -287,13 +283,6 @@ def _command(options: argparse.Namespace) -> None:
         evaluation.written += _figure(columns, samples, first, evaluation.folder, None)
     evaluation.write_table("pca", rows)
     evaluation.finish(results, settings)
-
-
-def _warn(label: str, result: dict) -> None:
-    for group in result["groups"]:
-        if group["problem"]:
-            where = f"layer {result['layer']}, images {group['images'][0]} to {group['images'][-1]}"
-            print(f"no colours for {label}, {where}: {group['problem']}", file=sys.stderr)
 
 
 main = main_of("eval pca", _command)

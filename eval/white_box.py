@@ -8,6 +8,7 @@ within a model only.
 """
 
 import argparse
+import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -118,18 +119,6 @@ def _tables(results: dict[str, dict]) -> tuple[list[dict], list[dict]]:
     return by_layer, by_measure
 
 
-def _panels(results: dict[str, dict], untrained: set[str]) -> dict[str, list[Curve]]:
-    panels: dict[str, list[Curve]] = {}
-    for name, (_, axis) in MEASURES.items():
-        for label, result in results.items():
-            if axis is not None and name in result["trends"]:
-                layers = result["layers"]
-                mean, spread = [row[name] for row in layers], [row[f"{name}_std"] for row in layers]
-                curve = Curve(label, [row["layer"] for row in layers], mean, spread, dashed=label in untrained)
-                panels.setdefault(axis, []).append(curve)
-    return panels
-
-
 def _command(options: argparse.Namespace) -> None:
     if not options.epsilon > 0:
         raise UserError(f"--epsilon {options.epsilon}: give a positive precision, such as the default 0.01")
@@ -141,11 +130,18 @@ def _command(options: argparse.Namespace) -> None:
     for loaded in models:
         read = batches(open_data(options, loaded), **evaluation.reading(f"white box, {loaded.label}"))
         results[loaded.label] = evaluate(loaded, read, options.epsilon)
-    untrained = {loaded.label for loaded in models if loaded.facts["model"].endswith("@untrained")}
     by_layer, by_measure = _tables(results)
     evaluation.write_table("white_box", by_layer)
     evaluation.write_table("trends", by_measure)
-    curve_figure(_panels(results, untrained), "layer", evaluation.figure("white_box"))
+    panels: dict[str, list[Curve]] = {}
+    for (name, (_, axis)), loaded in itertools.product(MEASURES.items(), models):
+        result, untrained = results[loaded.label], loaded.facts["model"].endswith("@untrained")
+        if axis is not None and name in result["trends"]:
+            layers, mean, spread = zip(
+                *((r["layer"], r[name], r[f"{name}_std"]) for r in result["layers"]), strict=True
+            )
+            panels.setdefault(axis, []).append(Curve(loaded.label, layers, mean, spread, dashed=untrained))
+    curve_figure(panels, "layer", evaluation.figure("white_box"))
     evaluation.finish(results)
 
 
