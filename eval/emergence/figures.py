@@ -15,14 +15,7 @@ from crate_fast.eval import white_box
 from crate_fast.eval.common import segmentation
 from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid, wrap_credit
 from crate_fast.eval.emergence.protocol import MODELS
-from crate_fast.eval.emergence.results import (
-    COARSE,
-    Results,
-    at_checkpoint,
-    head_chosen,
-    held_out_accuracy,
-    validated,
-)
+from crate_fast.eval.emergence.results import COARSE, Results, at_checkpoint, head_chosen, held_out_accuracies
 from crate_fast.train.data.shape_scenes import CLASSES
 
 Arrays = dict[str, np.ndarray]
@@ -40,10 +33,6 @@ CAPTIONS = {  # name → caption, in the report's order
     "per checkpoint of the first stage.",
     "white_box": "R^c and sparsity by layer; dashed: before training.",
 }
-_SHOWN_SCORES = (
-    *("AP, best head", "AP, fixed head", "mIoU mass, best head", "mIoU mass, fixed head"),
-    *("box AP", "mask AP"),
-)
 
 
 def load_pictures(report: Path, kind: str) -> dict[str, Arrays]:
@@ -156,8 +145,8 @@ def _colours(shown: Arrays, columns: Iterable[tuple[str, np.ndarray]]) -> dict:
 
 def _charts(results: Results) -> dict[str, dict]:
     protocol, layers = results.protocol, range(results.protocol.depth)
-    known, detected = results.coarse_measures(), results.have("maskcut")
-    shown = [name for name in _SHOWN_SCORES if (name in known if name in COARSE else detected)]
+    attention = [name for name in results.coarse_measures() if COARSE[name][0] != "topk"]
+    shown = attention + ["box AP", "mask AP"] * results.have("maskcut")
     style = {"from_zero": True, "columns": 2}
     by_layer = {
         f"{m}, %": _with_baselines(results, m, layers, [at_checkpoint(m, layer=layer) for layer in layers])
@@ -172,7 +161,7 @@ def _charts(results: Results) -> dict[str, dict]:
         "figure6_by_layer": {"panels": by_layer, "xlabel": "layer", **style},
         "figure10_by_epoch": {"panels": by_epoch, "xlabel": "training images, thousands", **style},
         "by_accuracy": {
-            "panels": _by_accuracy(results, [m for m in shown if m in COARSE]),
+            "panels": _by_accuracy(results, attention),
             "xlabel": f"accuracy on held-out {protocol.kind}, %",
             **style,
         },
@@ -200,10 +189,11 @@ def _baselines(results: Results, measure: str, x: Sequence[float]) -> list[Curve
 
 def _by_accuracy(results: Results, measures: list[str]) -> dict[str, list[Curve]]:
     """Return scores of attention at the paper's layer over accuracy, one point per checkpoint of the first stage."""
-    known = validated(results.by_seed("CRATE", lambda result: result)[0])
+    known = held_out_accuracies(results.by_seed("CRATE", lambda result: result)[0])
     panels: dict[str, list[Curve]] = {f"{m}, %": [] for m in measures}
     for model in results.models:
-        accuracies = {i: statistics.fmean(results.by_seed(model, held_out_accuracy(i))) for i in known}
+        of_runs = results.by_seed(model, held_out_accuracies)
+        accuracies = {i: statistics.fmean(run[i] for run in of_runs) for i in known}
         order = sorted(known, key=accuracies.get)
         x = [accuracies[i] for i in order]
         for m in measures:

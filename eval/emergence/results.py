@@ -77,25 +77,15 @@ def at_checkpoint(measure: str, index: int = -1, layer: int | str = "paper") -> 
     return value
 
 
-def validated(result: dict) -> list[int]:
-    """Return the indices of first-stage checkpoints with a known held-out accuracy, the untrained twin first."""
-    known = {entry["step"] for entry in result["validation"] if entry["stage"] == 0}
-    return [i for i, c in enumerate(result["checkpoints"]) if c["stage"] == 0 and c["step"] in {0, *known}]
-
-
-def held_out_accuracy(index: int) -> Value:
-    """Return a function from a result to its accuracy at a checkpoint of `validated`, in percent.
+def held_out_accuracies(result: dict) -> dict[int, float]:
+    """Return index → accuracy in percent of the validated checkpoints of the first stage, the untrained twin first.
 
     It is measured on the run's validation images; for the untrained twin, on the test images.
     """
-
-    def value(result: dict) -> float:
-        step = result["checkpoints"][index]["step"]
-        if step == 0:
-            return at_checkpoint("accuracy", index)(result)
-        return next(100 * e["val_accuracy"] for e in result["validation"] if (e["stage"], e["step"]) == (0, step))
-
-    return value
+    known = {entry["step"]: 100 * entry["val_accuracy"] for entry in result["validation"] if entry["stage"] == 0}
+    known[0] = 100 * result["checkpoints"][0]["accuracy"]
+    first = [(i, c["step"]) for i, c in enumerate(result["checkpoints"]) if c["stage"] == 0]
+    return {index: known[step] for index, step in first if step in known}
 
 
 def at_accuracy(measure: str, accuracy: float, layer: str = "paper") -> Callable[[dict], float | None]:
@@ -105,8 +95,7 @@ def at_accuracy(measure: str, accuracy: float, layer: str = "paper") -> Callable
     """
 
     def value(result: dict) -> float | None:
-        for before, after in itertools.pairwise(validated(result)):
-            low, high = (held_out_accuracy(index)(result) for index in (before, after))
+        for (before, low), (after, high) in itertools.pairwise(held_out_accuracies(result).items()):
             if low < accuracy <= high:
                 first, second = (at_checkpoint(measure, index, layer)(result) for index in (before, after))
                 return first + (second - first) * (accuracy - low) / (high - low)
@@ -171,12 +160,9 @@ class Results:
         return cls({path.stem: json.loads(path.read_text()) for path in paths}, protocol)
 
     def chosen_lr(self, model: str) -> float | None:
-        """Return the learning rate whose sweep ended with the best held-out accuracy, or None if a sweep is missing.
-
-        On a tie, the smaller rate wins.
-        """
+        """Return the learning rate whose sweep ended with the best accuracy, or None if a sweep is missing."""
         scores = self.sweeps(model)
-        return max(scores, key=scores.get) if len(scores) == len(self.protocol.lrs) else None
+        return max(scores, key=scores.get) if len(scores) == len(self.protocol.lrs) else None  # the smaller on a tie
 
     def sweeps(self, model: str) -> dict[float, float]:
         """Return the held-out accuracy of each finished sweep: learning rate → accuracy."""
@@ -219,11 +205,8 @@ class Results:
 
     def with_measure(self, name: str) -> list[str]:
         """Return the models that have R^c ("coding_rate") or "sparsity"."""
-
-        def has(result: dict) -> bool:
-            return any(name in row for row in result["checkpoints"][-1]["white_box"])
-
-        return [model for model in self.models if all(self.by_seed(model, has))]
+        found = self.by_model(lambda result: any(name in row for row in result["checkpoints"][-1]["white_box"]))
+        return [model for model, has in found.items() if all(has)]
 
     def coarse_measures(self) -> list[str]:
         """Return the measures of `COARSE` that all checkpoints have; those of the first protocol have no AP."""
@@ -237,11 +220,8 @@ class Results:
 
     def common_accuracy(self) -> float:
         """Return the highest accuracy in percent that every run of the `ranked` models reached in the first stage."""
-
-        def best(result: dict) -> float:
-            return max(held_out_accuracy(index)(result) for index in validated(result))
-
-        return min(value for model in self.ranked for value in self.by_seed(model, best))
+        learned = [found for model in self.ranked for found in self.by_seed(model, held_out_accuracies)]
+        return min(max(found.values()) for found in learned)
 
     @property
     def ranked(self) -> list[str]:
@@ -249,11 +229,10 @@ class Results:
         return [model for model in ORDER if model in self.models]
 
     def claims(self, measure: str = "", accuracy: float | None = None) -> list[Claim]:
-        """Decide the protocol's statements by its rules; needs a common seed of CRATE and ViT.
+        """Decide the protocol's statements by its rules, with a key of `COARSE` or the primary measure.
 
-        Args:
-            measure: A key of `COARSE`; empty for the protocol's primary measure.
-            accuracy: Compare runs where they first reached this accuracy, in percent; at their ends when None.
+        Runs are compared where they first reached an accuracy in percent, or at their ends. CRATE and ViT need a
+        common seed.
         """
         measure = measure or self.protocol.primary
         scores = self.by_model(at_checkpoint(measure) if accuracy is None else at_accuracy(measure, accuracy))
