@@ -166,10 +166,7 @@ def evaluate(
     seed: int = 0,
     **reading,
 ) -> dict:
-    """Score how well the CLS attention of layers localizes the annotated boxes.
-
-    Args:
-        resolution: Side of the enlarged maps in pixels. Other arguments: see `crate_fast.eval`.
+    """Score how well the CLS attention of layers, on maps of `resolution` pixels, localizes the annotated boxes.
 
     Returns:
         "layers": for each, "layer" and scores as "best_head", "one_head" and "per_head"; "baselines": name → scores

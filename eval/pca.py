@@ -73,7 +73,7 @@ def check_foreground(grid: tuple[int, int], threshold: float, scaling: str) -> N
         raise UserError(f"threshold={threshold}: it must be at least 0")
     if min(grid) < 3:
         raise UserError(
-            f"grid={grid} is too small: at least 3×3 patches are needed; use larger images (--image-size)"
+            f"grid={grid} is too small, at least 3×3 patches are needed: use larger images (--image-size)"
         )
 
 

@@ -47,10 +47,9 @@ def left_out(model: nn.Module) -> dict[str, str]:
 def trend(values: Sequence[float]) -> dict:
     """Describe how a measure changes with depth, from its values by layer.
 
-    Returns:
-        "first" and "last" value; "steps", the number of steps between layers, and "steps_down", how many of them
-        fall; "spearman", the rank correlation of layer and value (ties share their mean rank; None for a single layer
-        or constant values); "falls": "yes" if every step falls, "in part" if "spearman" is negative, else "no".
+    Return its "first" and "last" value; "steps", the number of steps between layers, and "steps_down", how many of
+    them fall; "spearman", the rank correlation of layer and value (ties share their mean rank; None for one layer or
+    constant values); "falls": "yes" if every step falls, "in part" if "spearman" is negative, else "no".
 
     >>> trend([3.0, 2.0, 2.5, 1.0])["spearman"], trend([3.0, 2.0, 2.5, 1.0])["falls"]
     (-0.8, 'in part')
@@ -70,18 +69,12 @@ def trend(values: Sequence[float]) -> dict:
 def evaluate(loaded: LoadedModel, image_batches: Iterable[Batch], epsilon: float = 0.01) -> dict:
     """Measure the white-box curves of one model.
 
-    Args:
-        loaded: Any model. Measures that are undefined for it are left out; if none remains, no image is read. Other
-            arguments: see `crate_fast.eval`.
-        epsilon: ε of R^c.
+    Measures that are undefined for it are left out; if none remains, no image is read. `epsilon` is ε of R^c.
 
     Returns:
         "images", number of images; "layers", for each layer its index "layer" and for each measure the mean over
         images and, with the suffix "_std", the standard deviation; "trends", measure → `trend` of its means;
         "left_out", measure → reason.
-
-    Raises:
-        UserError: ε is not positive.
     """
     reasons = left_out(loaded.model)
     if len(reasons) == len(MEASURES):

@@ -174,9 +174,7 @@ class VocImages(ImageFiles):
         folders = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
         found = next((folder for folder in folders if (folder / "SegmentationClass").is_dir()), None)
         if found is None:
-            raise UserError(
-                f"{root} has no SegmentationClass folder: pass --data voc:PATH with the folder VOC2012 of VOCdevkit"
-            )
+            raise UserError(f"{root} has no SegmentationClass folder: pass voc:PATH with VOCdevkit's folder VOC2012")
         self.root, self.size = found, size
         names = found / "ImageSets" / "Segmentation" / "val.txt"
         if not names.is_file():
@@ -294,10 +292,7 @@ class SceneImages(ImageFiles):
 def open_images(specification: str, size: int, limit: int | None = None) -> Dataset:
     """Open the images named by `--data` (see the module's docstring) as a data set of `Sample`s.
 
-    Args:
-        specification: `KIND:PATH`, shape_scenes or photographs.
-        size: Side of the squashed images, in pixels.
-        limit: Number of images, taken from the start; all when None.
+    They are squashed to squares of `size` pixels; the first `limit` images are taken, or all.
 
     Raises:
         UserError: Images or annotations are missing, the specification is invalid, or the limit is not positive.

@@ -50,7 +50,7 @@ class LoadedModel:
         """Raise a `UserError` if the model has no CLS token."""
         if not self.extract.has_cls:
             raise UserError(
-                f"{self.label} has no CLS token, so no CLS attention: leave it out, or use maskcut or pca"
+                f"{self.label} has no CLS token, thus no CLS attention: use maskcut or pca, or leave it out"
             )
 
     @property
@@ -198,7 +198,7 @@ def open_model(
     Args:
         image_size: Height and width of the input, in pixels; the model's own when None.
         model_args: `KEY=VALUE` arguments of `registry.create_model`; ignored for runs and shared models.
-        seed: Seed of untrained weights.
+        seed: Of untrained weights.
 
     Raises:
         UserError: The run, checkpoint or file is missing, or the name or the image size does not fit.
@@ -233,9 +233,7 @@ def open_model(
         extract.set_image_size(image_size)
     if extract.image_size[0] != extract.image_size[1]:
         height, width = extract.image_size
-        raise UserError(
-            f"{source} expects {height}×{width} images, but images are squashed to squares: pass --image-size N"
-        )
+        raise UserError(f"{source} expects {height}×{width} images, but images become squares: pass --image-size N")
     facts = {
         "model": source,
         "label": label,

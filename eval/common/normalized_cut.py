@@ -132,8 +132,7 @@ def second_eigenvector(
         epsilon: Affinity of patches that are not linked.
         max_steps: Maximum number of steps of the first solver.
 
-    Returns:
-        `Cut`. An exactly repeated eigenvalue may not be detected; it has no unique vector, and rounding selects one.
+    An exactly repeated eigenvalue may not be detected; it has no unique vector, and rounding selects one.
 
     Source: Shi and Malik, 2000; Parlett, *The Symmetric Eigenvalue Problem*, ch. 13.
 

@@ -29,9 +29,6 @@ def attention_to_mask(attention: Tensor, threshold: str = "topk", fraction: floa
     Returns:
         Boolean masks [..., P].
 
-    Raises:
-        UserError: The threshold is unknown or the fraction is out of range.
-
     >>> attention_to_mask(torch.tensor([0.7, 0.1, 0.2]), "mass", 0.8)
     tensor([ True, False,  True])
     """
@@ -61,9 +58,7 @@ def mask_to_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
 def intersection_over_union(predicted: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
     """Return |predicted ∩ target| / |predicted ∪ target| over the last dimension, float32; 0 where both are empty.
 
-    Args:
-        predicted, target: Boolean [..., P], broadcast against each other.
-        valid: Boolean [..., P]; entries to count, all when None.
+    Arguments are boolean [..., P] and broadcast against each other; `valid` are the entries to count.
     """
     valid = torch.ones_like(target) if valid is None else valid
     intersection = (predicted & target & valid).sum(dim=-1)
@@ -76,15 +71,8 @@ def average_precision(weights: Tensor, target: Tensor, valid: Tensor | None = No
 
     The precision at an object patch is the object's share of the patches with at least its weight; it is averaged
     over the object's patches. Only the order of the weights matters, so maps of a whole object and of its parts are
-    comparable (Choe et al., *Evaluating Weakly Supervised Object Localization Methods Right*, 2020).
-
-    Args:
-        weights: [..., P].
-        target: Boolean [..., P], broadcast against the weights.
-        valid: Boolean [..., P]; entries to count, all when None.
-
-    Returns:
-        float64 [...] in [0, 1]; 0 without an object.
+    comparable (Choe et al., *Evaluating Weakly Supervised Object Localization Methods Right*, 2020). Weights and
+    boolean targets [..., P] give float64 [...] in [0, 1], 0 without an object; `valid` are the entries to count.
 
     >>> average_precision(torch.tensor([0.5, 0.3, 0.1, 0.1]), torch.tensor([True, False, True, False]))
     tensor(0.7500, dtype=torch.float64)
@@ -105,14 +93,10 @@ _SCORES = {"topk": intersection_over_union, "mass": intersection_over_union, "ap
 
 
 class AttentionScores:
-    """Accumulator of attention-map scores on objects, with baselines.
+    """Accumulator of attention-map scores on objects, with baselines; `seed` is that of the random maps.
 
     The score of an object is the IoU of its mask with that of the best head (paper, Eq. 13). Scores are averaged over
     the objects of an image, then over images (Eq. 14). Average precision is averaged in the same way.
-
-    Args:
-        fraction: See `attention_to_mask`.
-        seed: Seed of the random maps.
     """
 
     def __init__(self, fraction: float = 0.6, seed: int = 0):

@@ -23,9 +23,8 @@ def _command(options: argparse.Namespace) -> None:
     if data not in SIZES or bool(source) > (data == "photographs"):
         raise UserError(f"--data {options.data}: write shape_scenes, or photographs:DIR")
     protocol = SIZES[data][options.size]
-    output = options.output or Path("runs/emergence") / (
-        f"photographs-{options.size}" if protocol.photographs else options.size
-    )
+    name = f"photographs-{options.size}" if protocol.photographs else options.size
+    output = options.output or Path("runs/emergence") / name
     folders = Folders(output, options.report or output / "report", options.cifar10)
     if options.report_only:
         path = folders.report / "protocol.json"

@@ -232,9 +232,7 @@ class _Scheduler:
                 log = self.folders.log(run)
                 text = log.read_text(errors="replace") if log.is_file() else ""
                 tail = "\n".join(text.replace("\r", "\n").splitlines()[-8:])
-                raise UserError(
-                    f"{run.name} ended with status {process.exitcode} and no result:\n{tail}\nIts log: {log}"
-                )
+                raise UserError(f"{run.name} ended with status {process.exitcode} and no result:\n{tail}\nLog: {log}")
 
 
 # --- one run ---
