@@ -112,27 +112,25 @@ def _verdicts(results: Results) -> str:
         at = results.common_accuracy()
         reached = results.by_model(at_accuracy(primary, at))
         learned = not any(None in reached[model] for model in results.ranked)  # every run started below this accuracy
-        first = (
-            f"On the primary score, {primary}, at the end of training:\n\n"
-            f"{_claims(results, primary)}\n\nAnd at equal accuracy, where each run first reached {at:.1f} % on its "
-            "held-out photographs, the highest accuracy that all reached:\n\n"
-            + (_claims(results, primary, at) if learned else "Not every run reached this accuracy.")
-        )
+        parts = [
+            f"On the primary score, {primary}, at the end of training:",
+            _claims(results, primary),
+            f"And at equal accuracy, where each run first reached {at:.1f} % on its held-out photographs, the "
+            "highest accuracy that all reached:",
+            _claims(results, primary, at) if learned else "Not every run reached this accuracy.",
+        ]
     else:
-        first = f"On the primary score, {primary}, as defined in the protocol:\n\n{_claims(results, primary)}"
-    text = (
-        f"{first}\n\nThe best of {protocol.heads} heads is chosen with knowledge of the object, which favours it "
-        f"over the {protocol.fixed_map}, a single map. So these are the same statements with one head for all "
-        f"images, chosen on other {protocol.kind}. They are not part of the protocol's decision:\n\n"
-        + _claims(results, primary.replace("best head", "fixed head"))
-    )
-    before = Protocol.primary
-    if primary == before or protocol.photographs:
-        return text
-    return (
-        f"{text}\n\nBy the paper's score, which decided the first protocol and depends on how far maps spread:\n\n"
-        f"{_claims(results, before)}"
-    )
+        parts = [f"On the primary score, {primary}, as defined in the protocol:", _claims(results, primary)]
+    parts += [
+        f"The best of {protocol.heads} heads is chosen with knowledge of the object, which favours it over the "
+        f"{protocol.fixed_map}, a single map. So these are the same statements with one head for all images, chosen "
+        f"on other {protocol.kind}. They are not part of the protocol's decision:",
+        _claims(results, primary.replace("best head", "fixed head")),
+    ]
+    if primary != Protocol.primary and not protocol.photographs:
+        text = "By the paper's score, which decided the first protocol and depends on how far maps spread:"
+        parts += [text, _claims(results, Protocol.primary)]
+    return "\n\n".join(parts)
 
 
 # --- tables of scores ---
