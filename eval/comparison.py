@@ -26,12 +26,7 @@ NEEDS = {"table1": ("maskcut",), "table2": ("coarse", "maskcut"), "figure4": ("c
 
 
 def evaluate(
-    loaded: LoadedModel,
-    images: Dataset,
-    measure: str,
-    layer: int | None = None,
-    threshold: str = "topk",
-    **options,
+    loaded: LoadedModel, images: Dataset, measure: str, layer: int | None = None, threshold: str = "topk", **options
 ) -> dict[str, float]:
     """Score one model at one layer in percent, with the paper's column names; `options` are of `by_layer.evaluate`.
 

@@ -277,10 +277,7 @@ def _command(options: argparse.Namespace) -> None:
     shown = [(loaded, data[loaded.label], layers[loaded.label][1]) for loaded in scored]
     evaluation.written += _figure(shown, results, options, evaluation.folder)
     counts = next(iter(results.values()))
-    notes = [
-        "* the paper's layer",
-        f"images with a box: {counts['images']}, without: {counts['without_boxes']}",
-    ]
+    notes = ["* the paper's layer", f"images with a box: {counts['images']}, without: {counts['without_boxes']}"]
     evaluation.finish(results, None, notes)
 
 

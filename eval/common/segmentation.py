@@ -190,9 +190,7 @@ class AttentionScores:
 
 @torch.inference_mode()
 def score_attention(
-    model: nn.Module,
-    batches: Iterable[Sequence[Tensor]],
-    normalize: Callable[[Tensor], Tensor],
+    model: nn.Module, batches: Iterable[Sequence[Tensor]], normalize: Callable[[Tensor], Tensor]
 ) -> dict[str, dict]:
     """Score CLS attention and baselines against object masks on the patch grid: mean IoU and average precision.
 
