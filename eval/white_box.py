@@ -8,7 +8,6 @@ within a model only.
 """
 
 import argparse
-import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -95,23 +94,6 @@ def evaluate(loaded: LoadedModel, image_batches: Iterable[Batch], epsilon: float
     return {"images": count, "layers": layers, "trends": trends, "left_out": reasons}
 
 
-def _tables(results: dict[str, dict]) -> tuple[list[dict], list[dict]]:
-    """Return the table rows of the layers and of the trends."""
-    by_layer, by_measure = [], []
-    for label, result in results.items():
-        for row in result["layers"]:
-            by_layer.append({"model": label, "layer": row["layer"]})
-            for name, (column, _) in MEASURES.items():
-                by_layer[-1] |= {column: row.get(name), f"{column} ±": row.get(f"{name}_std")}
-        for name, (column, _) in MEASURES.items():
-            found = result["trends"].get(name, {"falls": result["left_out"].get(name)})
-            steps = f"{found['steps_down']} of {found['steps']}" if "steps" in found else None
-            row = {"first layer": found.get("first"), "last layer": found.get("last"), "steps down": steps}
-            row |= {"Spearman with depth": found.get("spearman"), "falls with depth": found["falls"]}
-            by_measure.append({"model": label, "measure": column} | row)
-    return by_layer, by_measure
-
-
 def _command(options: argparse.Namespace) -> None:
     if not options.epsilon > 0:
         raise UserError(f"--epsilon {options.epsilon}: give a positive precision, such as the default 0.01")
@@ -119,21 +101,28 @@ def _command(options: argparse.Namespace) -> None:
     if all(len(left_out(loaded.model)) == len(MEASURES) for loaded in models):
         raise UserError("none of these models has subspaces or ISTA: name at least one CRATE")
     evaluation = Evaluation("white_box", options, models)
-    results = {}
+    results, by_layer, by_measure = {}, [], []
+    panels: dict[str, list[Curve]] = {axis: [] for _, axis in MEASURES.values() if axis}
     for loaded in models:
-        read = batches(open_data(options, loaded), **evaluation.reading(f"white box, {loaded.label}"))
-        results[loaded.label] = evaluate(loaded, read, options.epsilon)
-    by_layer, by_measure = _tables(results)
+        label, untrained = loaded.label, loaded.facts["model"].endswith("@untrained")
+        read = batches(open_data(options, loaded), **evaluation.reading(f"white box, {label}"))
+        result = results[label] = evaluate(loaded, read, options.epsilon)
+        for row in result["layers"]:
+            by_layer.append({"model": label, "layer": row["layer"]})
+            for name, (column, _) in MEASURES.items():
+                by_layer[-1] |= {column: row.get(name), f"{column} ±": row.get(f"{name}_std")}
+        for name, (column, axis) in MEASURES.items():
+            found = result["trends"].get(name, {"falls": result["left_out"].get(name)})
+            steps = f"{found['steps_down']} of {found['steps']}" if "steps" in found else None
+            row = {"first layer": found.get("first"), "last layer": found.get("last"), "steps down": steps}
+            row |= {"Spearman with depth": found.get("spearman"), "falls with depth": found["falls"]}
+            by_measure.append({"model": label, "measure": column} | row)
+            if axis and name in result["trends"]:
+                points = [(row["layer"], row[name], row[f"{name}_std"]) for row in result["layers"]]
+                panels[axis].append(Curve(label, *zip(*points, strict=True), dashed=untrained))
     evaluation.write_table("white_box", by_layer)
     evaluation.write_table("trends", by_measure)
-    panels: dict[str, list[Curve]] = {}
-    for (name, (_, axis)), loaded in itertools.product(MEASURES.items(), models):
-        result, untrained = results[loaded.label], loaded.facts["model"].endswith("@untrained")
-        if axis is not None and name in result["trends"]:
-            layers, mean, spread = zip(
-                *((r["layer"], r[name], r[f"{name}_std"]) for r in result["layers"]), strict=True
-            )
-            panels.setdefault(axis, []).append(Curve(loaded.label, layers, mean, spread, dashed=untrained))
+    panels = {axis: curves for axis, curves in panels.items() if curves}
     curve_figure(panels, "layer", evaluation.figure("white_box"))
     evaluation.finish(results)
 

@@ -96,7 +96,7 @@ def _read_json(path: Path) -> dict[str, _Entry]:
 
 
 def _size(height: object, width: object) -> tuple[int, int] | None:
-    return (height, width) if is_size((height, width)) else None
+    return (height, width) if is_size([height, width]) else None
 
 
 def _read_folder(folder: Path) -> dict[str, _Entry]:

@@ -148,22 +148,31 @@ def finite(values: list) -> bool:
     return set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
 
 
-def is_size(size: Sequence) -> bool:
+def is_size(size: object) -> bool:
     """Return True for two integers above 0."""
-    return len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+    return isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
 
 
 def _check_segmentation(annotation: dict, image: dict, where: str) -> None:
     """Check a mask, and remove polygons of fewer than three points, which have no area."""
     found, size = annotation.get("segmentation"), [image.get("height"), image.get("width")]
     if isinstance(found, dict):
-        _must(_is_rle(found), annotation, "segmentation", "RLE with runs that fill its size", where)
+        counts = found.get("counts")
+        runs = counts if isinstance(counts, list) else _decoded(counts)
+        valid = is_size(found.get("size")) and all(type(run) is int and run >= 0 for run in runs)
+        # pycocotools does not check the sum. If it is too small, masks end with uninitialised memory.
+        filled = valid and sum(runs) == math.prod(found["size"])
+        _must(filled, annotation, "segmentation", "RLE with runs that fill its size", where)
         if not is_size(size):
             image |= dict(zip(("height", "width"), found["size"], strict=True))
         else:
             _must(size == found["size"], annotation, "segmentation", f"RLE of the image's size {size}", where)
         return
-    polygons = [polygon for polygon in found if len(polygon) >= 6] if _are_polygons(found) else []
+    valid = isinstance(found, list) and all(
+        isinstance(p, list) and len(p) % 2 == 0 and finite(p) and max(map(abs, p), default=0) <= _MAX_COORDINATE
+        for p in found
+    )
+    polygons = [polygon for polygon in found if len(polygon) >= 6] if valid else []
     rule = f"RLE, or polygons x, y, x, y, x, y, … with coordinates up to {_MAX_COORDINATE:,}"
     _must(bool(polygons), annotation, "segmentation", rule, where)
     if not is_size(size):
@@ -174,32 +183,13 @@ def _check_segmentation(annotation: dict, image: dict, where: str) -> None:
     annotation["segmentation"] = polygons
 
 
-def _are_polygons(found: object) -> bool:
-    return isinstance(found, list) and all(
-        isinstance(p, list) and len(p) % 2 == 0 and finite(p) and max(map(abs, p), default=0) <= _MAX_COORDINATE
-        for p in found
-    )
-
-
-def _is_rle(found: dict) -> bool:
-    """Return True if the runs fill the size.
-
-    pycocotools does not check this. If they are too short, its masks end with uninitialised memory.
-    """
-    size, counts = found.get("size"), found.get("counts")
-    runs = counts if isinstance(counts, list) else _decoded(counts)
-    if not isinstance(size, list) or not is_size(size) or runs is None:
-        return False
-    return all(type(run) is int and run >= 0 for run in runs) and sum(runs) == math.prod(size)
-
-
-def _decoded(counts: object) -> list[int] | None:
-    """Return the runs of compressed RLE, or None if it is damaged."""
+def _decoded(counts: object) -> list[int]:
+    """Return the runs of compressed RLE; none if it is damaged."""
     # five bits per character; the fourth run and later ones are stored as the difference to the run two before
     runs, value, shift = [], 0, 0
     for byte in counts.encode() if isinstance(counts, str) else ():
         if not 48 <= byte < 48 + 64:
-            return None
+            return []
         value |= (byte - 48 & 31) << shift
         shift += 5
         if byte - 48 & 32:  # more of this run follows
@@ -208,7 +198,7 @@ def _decoded(counts: object) -> list[int] | None:
             value -= 1 << shift
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
         value = shift = 0
-    return None if shift else runs
+    return [] if shift else runs
 
 
 def enlarge(masks: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:

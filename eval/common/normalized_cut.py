@@ -68,12 +68,6 @@ class _Graphs:
         return self.inverse_root * (self.epsilon * total + (1 - self.epsilon) * self._linked(scaled))
 
 
-def _start(like: Tensor) -> Tensor:
-    """Return one fixed random vector for all graphs; a pattern could be orthogonal to the wanted vector."""
-    noise = torch.randn(like.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return noise.to(like).expand_as(like)
-
-
 def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
     """Return x [b, P] orthogonalised against `basis` [b, k, P]."""
     for _ in range(2):  # the second pass removes rounding errors
@@ -89,7 +83,9 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
 def _lanczos(graphs: _Graphs, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y [b, P], θ [b], gap to the next Ritz value [b]) of M without its known top eigenvector."""
     basis = graphs.top.unsqueeze(1)
-    x, _ = _unit(_orthogonal(_start(graphs.top), basis))
+    # one fixed random vector for all graphs; a pattern could be orthogonal to the wanted vector
+    start = torch.randn(graphs.top.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, _ = _unit(_orthogonal(start.to(graphs.top).expand_as(graphs.top), basis))
     alphas, betas = [], []
     steps = min(max_steps, graphs.top.shape[-1] - 1)
     complete = graphs.complete.cpu()

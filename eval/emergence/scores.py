@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from crate_fast.eval import coarse_segmentation, localization, maskcut, white_box
@@ -90,20 +89,16 @@ def pictures(loaded: LoadedModel, shown: np.ndarray, layers: Sequence[int]) -> d
     patches; "parts" uint8 [layers, 8, P, 3], the first three of the foreground, black elsewhere.
     """
     features = loaded.features(torch.from_numpy(shown).permute(0, 3, 1, 2), layers)
-    tokens = [features.keys(layer).cpu() for layer in layers]
-    return {
-        "attention": torch.stack([features.cls_attention(layer) for layer in layers]).float().cpu().numpy(),
-        "components": np.stack([_bytes(pca_rgb(t, first=2)[0]) for t in tokens]),
-        "parts": np.stack([_bytes(_parts(t, features.grid)) for t in tokens]),
+    attention, components, parts = [], [], []
+    for layer in layers:
+        attention.append(features.cls_attention(layer).float().cpu())
+        tokens = features.keys(layer).cpu()
+        components.append(pca_rgb(tokens, first=2)[0])
+        try:
+            parts.append(pca_rgb(tokens, foreground(tokens, grid=features.grid).mask)[0])
+        except TooFewPatchesError:  # no foreground: all black
+            parts.append(torch.zeros_like(components[-1]))
+    colours = {"components": torch.stack(components), "parts": torch.stack(parts)}
+    return {"attention": torch.stack(attention).numpy()} | {
+        name: (255 * values).round().byte().numpy() for name, values in colours.items()
     }
-
-
-def _parts(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    try:
-        return pca_rgb(tokens, foreground(tokens, grid=grid).mask)[0]
-    except TooFewPatchesError:  # no foreground: all black
-        return torch.zeros(*tokens.shape[:2], 3)
-
-
-def _bytes(colours: Tensor) -> np.ndarray:
-    return (255 * colours).round().byte().numpy()
