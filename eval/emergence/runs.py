@@ -62,10 +62,6 @@ class Folders:
         """Folder of the photographs of `data.prepare_photographs`."""
         return self.output / "data"
 
-    def data_dir(self, run: Run) -> Path | None:
-        """Return the folder of a run's training data."""
-        return self.cifar10 if run.kind == "cifar10" else self.photographs
-
     def result(self, run: Run) -> Path:
         """Return the result file of a run."""
         return self.report / "results" / f"{run.name}.json"
@@ -80,11 +76,9 @@ class Folders:
 
 
 class Resources:
-    """Devices and number of parallel runs; on a CPU without bf16 products, all runs train in fp32.
+    """Devices and number of parallel runs, by default one per CPU core or four per GPU; "cuda" means all GPUs.
 
-    Args:
-        device: "auto", "cpu", "cuda" for all GPUs, or "cuda:N".
-        jobs: Number of parallel runs; None means one per CPU core, or four per GPU.
+    On a CPU without bf16 products, all runs train in fp32.
     """
 
     def __init__(self, device: str, jobs: int | None = None):
@@ -273,7 +267,8 @@ def _train(job: Job) -> bool:
     init = ""
     for number, stage in enumerate(job.protocol.stages_of(job.run)):
         folder = job.folders.stage(job.run, number)
-        data_dir, further = job.folders.data_dir(job.run), job.settings | {"init": init}
+        data_dir = job.folders.cifar10 if job.run.kind == "cifar10" else job.folders.photographs
+        further = job.settings | {"init": init}
         config = job.protocol.training_config(job.run, number, job.lr, data_dir, **further)
         summary = folder / "summary.json"
         if not summary.is_file():
