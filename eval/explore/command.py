@@ -21,7 +21,7 @@ import uvicorn
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.models import labels_of, split_label, split_source
-from crate_fast.eval.explore.inspection import Explorer, ModelCache, ModelChoice
+from crate_fast.eval.explore.inspection import Explorer, ModelChoice
 from crate_fast.eval.explore.pictures import Pictures
 from crate_fast.eval.explore.server import application
 from crate_fast.options import PORT, main_of
@@ -78,16 +78,16 @@ def open_explorer(options: argparse.Namespace) -> Explorer:
     choices = [choice for name in options.checkpoint or () for choice in model_choices(name)]
     if not choices:
         choices, note = default_choices()
-    models = ModelCache(choices, **opening)
+    explorer = Explorer(choices, note, pictures, **opening)
     try:
-        models.get(0)
+        explorer.model(0)
     except UserError as error:
         others = [choice for choice in choices if choice.group != choices[0].group]
         if options.checkpoint or not others:
             raise
-        models, note = ModelCache(others, **opening), f"The newest run is left out: {error}"
-        models.get(0)
-    return Explorer(models, note, pictures)
+        explorer = Explorer(others, f"The newest run is left out: {error}", pictures, **opening)
+        explorer.model(0)
+    return explorer
 
 
 def _listen(host: str, port: int | None) -> socket.socket:

@@ -40,30 +40,6 @@ class OpenModel(NamedTuple):
     lock: threading.Lock
 
 
-class ModelCache:
-    """Selectable models, opened on first use with `opening` (see `models.open_model`); the latest stay open."""
-
-    def __init__(self, choices: list[ModelChoice], **opening):
-        self.choices, self.opening = choices, opening
-        self.open = LRUCache(_OPEN_MODELS)
-        self._opening = threading.Lock()  # one at a time: initial weights come from the global random generator
-
-    def get(self, number: int) -> OpenModel:
-        """Return a model by its number in the menu."""
-        if not 0 <= number < len(self.choices):
-            raise UserError(f"model {number}: give a number from 0 to {len(self.choices) - 1}")
-        specification = self.choices[number].specification
-
-        def make() -> OpenModel:
-            try:
-                loaded = open_model(specification, **self.opening)
-                return OpenModel(loaded, class_names(specification), threading.Lock())
-            except (TypeError, OSError, RuntimeError) as error:
-                raise UserError(f"{specification} cannot be opened: {error}") from error
-
-        return self.open.once(number, self._opening, make)
-
-
 class Inspection:
     """Maps, curves and masks of one model on one picture, each computed once.
 
@@ -169,17 +145,22 @@ def _rounded(values: Tensor) -> list:
 
 
 class Explorer:
-    """Models, a note about them for the page, pictures, and recent inspections; thread-safe, without sessions."""
+    """Models, a note about them for the page, pictures, and recent inspections; thread-safe, without sessions.
 
-    def __init__(self, models: ModelCache, note: str, pictures: Pictures):
-        self.models, self.note, self.pictures = models, note, pictures
+    Models are opened on first use, with `opening` of `models.open_model`; the latest stay open.
+    """
+
+    def __init__(self, choices: list[ModelChoice], note: str, pictures: Pictures, **opening):
+        self.choices, self.note, self.pictures, self.opening = choices, note, pictures, opening
+        self.models = LRUCache(_OPEN_MODELS)
         self.inspections = LRUCache(_INSPECTIONS_BYTES, size=lambda inspection: inspection.bytes)
+        self._opening = threading.Lock()  # one at a time: initial weights come from the global random generator
 
     def setup(self) -> dict:
         """Return the initial data of the page: models, pictures, notes, colour map, largest upload in bytes."""
         colours = (255 * matplotlib.colormaps["viridis"](range(256))[:, :3]).round().astype(int)  # even in lightness
         return {
-            "models": [{"label": m.label, "group": m.group, "untrained": m.untrained} for m in self.models.choices],
+            "models": [{"label": m.label, "group": m.group, "untrained": m.untrained} for m in self.choices],
             "model_note": self.note,
             "pictures": self.pictures.listing(),
             "picture_note": self.pictures.note,
@@ -187,12 +168,27 @@ class Explorer:
             "largest_upload": MAX_UPLOAD_BYTES,
         }
 
+    def model(self, number: int) -> OpenModel:
+        """Return a model by its number in the menu."""
+        if not 0 <= number < len(self.choices):
+            raise UserError(f"model {number}: give a number from 0 to {len(self.choices) - 1}")
+        specification = self.choices[number].specification
+
+        def make() -> OpenModel:
+            try:
+                loaded = open_model(specification, **self.opening)
+                return OpenModel(loaded, class_names(specification), threading.Lock())
+            except (TypeError, OSError, RuntimeError) as error:
+                raise UserError(f"{specification} cannot be opened: {error}") from error
+
+        return self.models.once(number, self._opening, make)
+
     def inspection(self, model: int, picture: str) -> Inspection:
         """Return the inspection of a picture (an id) by a model (a number)."""
         key = (model, picture)
         found = self.inspections.get(key)  # without waiting for a busy model
         if found is None:
-            opened = self.models.get(model)
+            opened = self.model(model)
 
             def make() -> Inspection:
                 return inspect(opened, self.pictures.pixels(picture, opened.loaded.extract.image_size[0]))
