@@ -114,14 +114,11 @@ class AttentionScores:
         valid: Sequence[Tensor] | None = None,
         labels: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """Score a batch.
+        """Score a batch of maps, layer → CLS attention [B, H, P].
 
-        Args:
-            maps: Layer → CLS attention [B, H, P].
-            targets: For each image the objects' masks on the patch grid, boolean [M, P]; M may be 0. An object
-                without a patch is counted and left out.
-            valid: For each image the patches that count, boolean [P]; all when None.
-            labels: For each image the objects' class numbers, for scores by class.
+        `targets` are for each image its objects' masks on the patch grid, boolean [M, P]; M may be 0. An object
+        without a patch is counted and left out. `valid` are for each image the patches that count, boolean [P], and
+        `labels` its objects' class numbers, for scores by class.
         """
         target = torch.cat(list(targets)).cpu()
         seen = target.any(dim=1)
@@ -192,11 +189,9 @@ class AttentionScores:
 def score_attention(
     model: nn.Module, batches: Iterable[Sequence[Tensor]], normalize: Callable[[Tensor], Tensor]
 ) -> dict[str, dict]:
-    """Score CLS attention and baselines against object masks on the patch grid: mean IoU and average precision.
+    """Score CLS attention of a CRATE and baselines against object masks on the patch grid: mean IoU and AP.
 
-    Args:
-        model: A CRATE or an ablation; left in evaluation mode.
-        batches: (images, labels, pixel masks [B, H, W]); `normalize` turns images into the model's input.
+    `batches` hold images, labels, and pixel masks [B, H, W]. The model is left in evaluation mode.
 
     Returns:
         For each of `READINGS` (IoU with "topk" and "mass" masks, and "ap") a dictionary with

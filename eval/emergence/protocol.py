@@ -21,6 +21,7 @@ MODELS: dict[str, dict[str, str]] = {  # model → settings that differ from CRA
 ORDER = ("CRATE", "CRATE-MLP", "CRATE-MHSA", "ViT")  # the paper's Table 2, best first
 _CIFAR_SIZE, _CIFAR_IMAGES = 32, 50_000
 _OF_PHOTOGRAPHS = ("data", "models", "crop_scale", "hflip", "precision", "mask_size", "coverage", "box_images")
+_OF_TRAINING = ("dim", "depth", "heads", "optimizer", "weight_decay", "label_smoothing")  # also in `TrainConfig`
 _OF_SCENES = ("cifar_epochs", "selection_seed", "test_seed")
 
 
@@ -195,19 +196,14 @@ class Protocol:
             data |= {"checkpoint_every": stage.steps // stage.checkpoints, "keep_checkpoints": stage.steps}
         return TrainConfig(
             model="crate_tiny_patch8_224",
-            dim=self.dim,
-            depth=self.depth,
-            heads=self.heads,
+            **{name: getattr(self, name) for name in _OF_TRAINING},
             **MODELS[run.model],
             **data,
             image_size=stage.image_size,
             batch_size=stage.batch_size,
             epochs=stage.epochs,
             warmup_epochs=self.warmup_share * stage.epochs,
-            optimizer=self.optimizer,
             lr=lr * stage.lr_share,
-            weight_decay=self.weight_decay,
-            label_smoothing=self.label_smoothing,
             seed=run.seed,
             log_every=50,
             segmentation_samples=8,  # for the run's own figure; the experiment scores more
