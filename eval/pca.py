@@ -151,6 +151,18 @@ def pca_rgb(
     return colours, explained[first - 1 :].tolist()
 
 
+def component_colours(features: Tensor, grid: tuple[int, int], parts: bool = False) -> Tensor | None:
+    """Return components 2 to 4 of all patches or, for `parts`, 1 to 3 of the foreground as colours [J, P, 3].
+
+    Too few patches have no colours: None.
+    """
+    try:
+        mask = foreground(features, grid=grid).mask if parts else None
+        return pca_rgb(features, mask, first=1 if parts else 2)[0]
+    except TooFewPatchesError:
+        return None
+
+
 # --- the protocol
 
 

@@ -10,7 +10,7 @@ from crate_fast.eval import coarse_segmentation, localization, maskcut, white_bo
 from crate_fast.eval.common.images import batches
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.emergence.data import PhotographData, SceneData, spread
-from crate_fast.eval.pca import TooFewPatchesError, foreground, pca_rgb
+from crate_fast.eval.pca import component_colours
 
 _BATCH = 50
 _DIGITS = 6  # decimals of saved scores
@@ -93,11 +93,9 @@ def pictures(loaded: LoadedModel, shown: np.ndarray, layers: Sequence[int]) -> d
     for layer in layers:
         attention.append(features.cls_attention(layer).float().cpu())
         tokens = features.keys(layer).cpu()
-        components.append(pca_rgb(tokens, first=2)[0])
-        try:
-            parts.append(pca_rgb(tokens, foreground(tokens, grid=features.grid).mask)[0])
-        except TooFewPatchesError:  # no foreground: all black
-            parts.append(torch.zeros_like(components[-1]))
+        components.append(component_colours(tokens, features.grid))
+        found = component_colours(tokens, features.grid, parts=True)
+        parts.append(torch.zeros_like(components[-1]) if found is None else found)  # no foreground: all black
     colours = {"components": torch.stack(components), "parts": torch.stack(parts)}
     return {"attention": torch.stack(attention).numpy()} | {
         name: (255 * values).round().byte().numpy() for name, values in colours.items()

@@ -13,7 +13,7 @@ from crate_fast.eval.common.images import box_corners
 from crate_fast.eval.common.models import LoadedModel, class_names, open_model
 from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, LRUCache, Pictures
 from crate_fast.eval.maskcut import maskcut
-from crate_fast.eval.pca import TooFewPatchesError, foreground, pca_rgb
+from crate_fast.eval.pca import component_colours
 from crate_fast.layers import ISTA, ODL
 from crate_fast.model import CRATE
 from crate_fast.whitebox import LayerTrace, visit_layers
@@ -72,12 +72,8 @@ class Inspection:
 
         def colours(layer: int) -> list[int] | None:
             tokens = self.features.keys(layer).float().cpu()
-            try:
-                mask = foreground(tokens, grid=self.features.grid).mask if which == "parts" else None
-                found, _ = pca_rgb(tokens, mask, first=1 if which == "parts" else 2)
-            except TooFewPatchesError:
-                return None
-            return (255 * found[0]).round().byte().flatten().tolist()
+            found = component_colours(tokens, self.features.grid, which == "parts")
+            return None if found is None else (255 * found[0]).round().byte().flatten().tolist()
 
         layers = sorted(self.features.layers)
         return self._found.once(which, self._components, lambda: {"layers": list(map(colours, layers))})
