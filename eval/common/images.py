@@ -224,9 +224,8 @@ class CocoImages(ImageFiles):
         path = self.root / split / image["file_name"]
         name = image["file_name"].replace("\\", "/")  # some tools on Windows write backslashes
         elsewhere = [self.root / split / name, self.root / name]
-        if folder := str(image.get("coco_url", "")).split("/")[
-            -2:-1
-        ]:  # of some of LVIS's validation images, train2017
+        # some of LVIS's validation images are in train2017
+        if folder := str(image.get("coco_url", "")).split("/")[-2:-1]:
             elsewhere.append(self.root.joinpath(*folder, path.name))
         return next((place for place in [path, *elsewhere] if place.exists()), path)
 

@@ -56,12 +56,10 @@ def default_choices(runs: Path = Path("runs")) -> tuple[list[ModelChoice], str]:
         choices = model_choices(str(max(found, key=lambda run: (run / "checkpoints").stat().st_mtime)))
         note = f"The newest run below {runs}/ comes first. Open other models with --checkpoint."
     else:
-        choices, note = (
-            [],
-            (
-                f"There is no run below {runs}/. These small models come with the package. Train your own with "
-                "crate-fast pretrain, or open one with --checkpoint."
-            ),
+        choices = []
+        note = (
+            f"There is no run below {runs}/. These small models come with the package. Train your own with "
+            "crate-fast pretrain, or open one with --checkpoint."
         )
     names, group = packaged_models(), "models of the package"
     choices += [ModelChoice(f"shipped:{name}", record(name)["description"], group) for name in names]
