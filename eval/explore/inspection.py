@@ -137,7 +137,7 @@ def inspect(opened: OpenModel, image: Tensor) -> Inspection:
 
 
 def _rounded(values: Tensor) -> list:
-    return values.double().cpu().numpy().round(9).tolist()
+    return values.cpu().double().numpy().round(9).tolist()
 
 
 class Explorer:
