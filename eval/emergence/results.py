@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from crate_fast.eval.emergence.protocol import ORDER, Protocol, Run
 
-Value = Callable[[dict], float]  # function from a result to a number
 # Measures of attention: name → (reading of `segmentation.AttentionScores`, choice of the head)
 COARSE: dict[str, tuple[str, str]] = {
     f"{name}, {heads}": (reading, heads)
@@ -50,7 +49,7 @@ def _coarse(measure: str, split: str, checkpoint: dict, layer: int | str) -> flo
     )
 
 
-def at_checkpoint(measure: str, index: int = -1, layer: int | str = "paper") -> Value:
+def at_checkpoint(measure: str, index: int = -1, layer: int | str = "paper") -> Callable[[dict], float]:
     """Return a function from a result to a measure at a checkpoint: 0 is the untrained twin, -1 the last.
 
     The measure is one of the lists above, "accuracy", "coding_rate" or "sparsity". All but the last two are in
