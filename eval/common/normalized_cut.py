@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MAX_STEPS = 160  # Lanczos steps
@@ -52,8 +53,7 @@ class _Graphs:
         self.complete = (linked == self.present.sum(dim=-1, keepdim=True) * self.present).all(dim=-1)
         degrees = epsilon * links.shape[-1] + (1 - epsilon) * linked
         self.inverse_root = degrees.rsqrt()
-        top = degrees.sqrt()
-        self.top = top / top.norm(dim=-1, keepdim=True)
+        self.top = F.normalize(degrees.sqrt(), dim=-1)
 
     def _linked(self, x: Tensor) -> Tensor:
         masked = self.present * x
@@ -75,9 +75,8 @@ def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
     return x
 
 
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    norm = x.norm(dim=-1)
-    return x / norm.clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(-1), norm
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)
 
 
 def _lanczos(graphs: _Graphs, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +84,7 @@ def _lanczos(graphs: _Graphs, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     basis = graphs.top.unsqueeze(1)
     # one fixed random vector for all graphs; a pattern could be orthogonal to the wanted vector
     start = torch.randn(graphs.top.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x, _ = _unit(_orthogonal(start.to(graphs.top).expand_as(graphs.top), basis))
+    x = _unit(_orthogonal(start.to(graphs.top).expand_as(graphs.top), basis))
     alphas, betas = [], []
     steps = min(max_steps, graphs.top.shape[-1] - 1)
     complete = graphs.complete.cpu()
@@ -93,27 +92,20 @@ def _lanczos(graphs: _Graphs, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
         basis = torch.cat([basis, x.unsqueeze(1)], dim=1)
         y = graphs.product(x)
         alphas.append((x * y).sum(dim=-1))
-        x, beta = _unit(_orthogonal(y, basis))
-        betas.append(beta)
-        x, _ = _unit(_orthogonal(x, basis))  # if β is only rounding, the Krylov space is exhausted
+        rest = _orthogonal(y, basis)
+        betas.append(rest.norm(dim=-1))
+        x = _unit(_orthogonal(_unit(rest), basis))  # if β is only rounding, the Krylov space is exhausted
         if step == steps or (step >= 8 and step % _CHECK_EVERY == 0):
-            values, vectors, left = _ritz(alphas, betas)
+            diagonal, side = (torch.stack(v, dim=1).double().cpu() for v in (alphas, betas))
+            # eigh reads the lower triangle of the tridiagonal matrix
+            values, vectors = torch.linalg.eigh(torch.diag_embed(diagonal) + torch.diag_embed(side[:, :-1], -1))
+            left = side[:, -1] * vectors[:, -1, -1].abs()  # residual of the largest
             gap = values[:, -1] - values[:, -2] if step > 1 else torch.ones_like(left)
             hopeless = (gap < _SMALLEST_GAP) & (step >= 24)  # for fp32
             if (complete | hopeless | ((left <= 0.1 * _RESIDUAL) & (left <= 1e-4 * gap))).all():
                 break
-    ritz, _ = _unit(torch.bmm(vectors[:, :, -1].unsqueeze(1).to(basis), basis[:, 1:]).squeeze(1))
+    ritz = _unit(torch.bmm(vectors[:, :, -1].unsqueeze(1).to(basis), basis[:, 1:]).squeeze(1))
     return ritz, values[:, -1].to(ritz), gap.to(ritz)
-
-
-def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return eigenvalues and eigenvectors of the tridiagonal matrices, and the residual of the largest, in fp64."""
-    diagonal, side = (torch.stack(v, dim=1).double().cpu() for v in (alphas, betas))
-    matrix = torch.diag_embed(diagonal)
-    if diagonal.shape[1] > 1:
-        matrix = matrix + torch.diag_embed(side[:, :-1], 1) + torch.diag_embed(side[:, :-1], -1)
-    values, vectors = torch.linalg.eigh(matrix)
-    return values, vectors, side[:, -1] * vectors[:, -1, -1].abs()
 
 
 def second_eigenvector(
