@@ -136,8 +136,7 @@ def second_eigenvector(
     failed = ~((residual <= _RESIDUAL) & (gap >= _SMALLEST_GAP)) & ~graphs.complete  # a NaN fails too
     vector, solver = graphs.inverse_root * y, torch.zeros_like(failed, dtype=torch.long)
     for row in failed.nonzero().flatten().tolist():
-        exact, exact_theta, exact_residual, solver[row] = _solve_again(links[row], present[row], epsilon)
-        vector[row], theta[row], residual[row] = exact.to(vector), exact_theta.to(theta), exact_residual.to(residual)
+        vector[row], theta[row], residual[row], solver[row] = _solve_again(links[row], present[row], epsilon)
     vector = torch.where(graphs.complete.unsqueeze(-1), 0.0, _signed(vector))
     return Cut(vector, 1 - theta, torch.where(graphs.complete, 0.0, residual), solver)
 
