@@ -108,14 +108,11 @@ def curve_figure(
     columns: int | None = None,
     labels: Sequence[str] = (),
 ) -> None:
-    """Write charts side by side. A label has the same colour in all charts; charts with common labels share a legend.
+    """Write charts, label of the y-axis → curves, to `paths`, in the formats of their suffixes (.png, .pdf).
 
-    Args:
-        panels: Label of the y-axis → curves.
-        xlabel, paths: Label of every x-axis; files, in the formats of their suffixes (.png, .pdf).
-        from_zero: Start every y-axis at 0, so that differences of scores do not look larger than they are.
-        columns: Charts per row; all in one row when None.
-        labels: Labels that get the first colours, in this order, so that several figures use the same.
+    There are `columns` charts per row; all in one row by default. A label has the same colour in all charts, and in
+    several figures with the same `labels`. Charts with common labels share a legend. With `from_zero` differences of
+    scores do not look larger than they are.
     """
     drawn = [curve for curves in panels.values() for curve in curves]
     distinct = dict.fromkeys([*labels, *(curve.like or curve.label for curve in drawn)])

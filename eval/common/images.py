@@ -336,13 +336,10 @@ def batches(
     progress: str | None = None,
     allow_none: bool = False,
 ) -> Iterator[Batch]:
-    """Read samples in order, `batch_size` at a time, and yield the readable ones.
+    """Read samples in order by `workers` processes (0: by this one), and yield the readable ones in batches.
 
-    Args:
-        problems: Receives one line for each unreadable image; the line is also printed to stderr.
-        workers: Number of reading processes; 0 reads in this process.
-        progress: Title of the progress bar; no bar when None.
-        allow_none: Accept data without a readable image, such as the part of one rank.
+    `problems` receives one line for each unreadable image; the line is also printed to stderr. `progress` is the
+    title of a progress bar. No readable image at all is a `UserError` unless `allow_none`, as for the part of a rank.
     """
     problems = [] if problems is None else problems
     loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)
