@@ -309,17 +309,6 @@ def evaluate(
     return found
 
 
-def _data_config(loaded: LoadedModel, options: argparse.Namespace) -> TrainConfig:
-    """Return the data settings: those of the run, overridden by those of the options."""
-    changes = {name: getattr(options, name) for name in _DATA_OPTIONS if getattr(options, name) is not None}
-    changes["image_size"] = loaded.extract.image_size[0]
-    if loaded.config is not None:
-        return dataclasses.replace(loaded.config, download=False, **changes)
-    if options.dataset is None:
-        raise UserError(f"{loaded.label} is not a run, so it has no data set: pass --dataset and --data-dir")
-    return TrainConfig(seed=options.seed, **changes)
-
-
 def _paper_score(label: str, config: TrainConfig, n_classes: int) -> float | None:
     """Return the model's accuracy in the paper's Table 3; the data set is identified by its name or its folder's."""
     names = [config.dataset, Path(config.data_dir).name.lower()] + (["imagenet"] if n_classes == 1000 else [])
@@ -354,8 +343,15 @@ def _notes(label: str, scores: dict) -> list[str]:
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
     plan = []
+    changes = {name: getattr(options, name) for name in _DATA_OPTIONS if getattr(options, name) is not None}
     for loaded in models:
-        config = _data_config(loaded, options)
+        changes["image_size"] = loaded.extract.image_size[0]
+        if loaded.config is not None:
+            config = dataclasses.replace(loaded.config, download=False, **changes)
+        elif options.dataset is not None:
+            config = TrainConfig(seed=options.seed, **changes)
+        else:
+            raise UserError(f"{loaded.label} is not a run, so it has no data set: pass --dataset and --data-dir")
         default = ("head", "knn") if loaded.model.num_classes else ("knn",)
         protocols = tuple(options.protocol.split(",")) if options.protocol else default
         data = plain_splits(config)

@@ -53,20 +53,6 @@ def evaluate(
     return scores.result()
 
 
-def _row(label: str, reading: str, scores: dict, row: dict, marked: int) -> dict:
-    return {
-        "model": label,
-        "score": NAMES[reading],
-        "layer": f"{row['layer']}{' *' if row['layer'] == marked else ''}",
-        "best head": row["best_head"],
-        "one head for all": row["fixed_head"],
-        **{name.replace("_", " "): scores[name] for name in BASELINES},
-        "images": scores["images"],
-        "objects": scores["objects"],
-        "objects without a patch": scores["objects_without_patch"],
-    }
-
-
 def _figure(
     shown: Sequence[tuple[LoadedModel, Dataset, int]], threshold: str, options: argparse.Namespace, folder: Path
 ) -> list[Path]:
@@ -104,11 +90,15 @@ def _command(options: argparse.Namespace) -> None:
     results = evaluation.score(score)
     scored, rows, head_rows = [loaded for loaded in models if loaded.label in results], [], []
     for loaded, reading in itertools.product(scored, segmentation.READINGS):
-        scores = results[loaded.label][reading]
+        scores, known = results[loaded.label][reading], {"model": loaded.label, "score": NAMES[reading]}
+        equal = {name.replace("_", " "): scores[name] for name in (*BASELINES, "images", "objects")}
+        equal["objects without a patch"] = scores["objects_without_patch"]
         for row in scores["layers"]:
-            rows.append(_row(loaded.label, reading, scores, row, loaded.extract.default_layer))
-            known = {name: rows[-1][name] for name in ("model", "score")} | {"layer": row["layer"]}
-            head_rows.append(known | {f"head {head}": score for head, score in enumerate(row["per_head"])})
+            star = " *" * (row["layer"] == loaded.extract.default_layer)
+            heads = {"best head": row["best_head"], "one head for all": row["fixed_head"]}
+            rows.append(known | {"layer": f"{row['layer']}{star}"} | heads | equal)
+            per_head = {f"head {head}": score for head, score in enumerate(row["per_head"])}
+            head_rows.append(known | {"layer": row["layer"]} | per_head)
     if len({(result["topk"]["images"], result["topk"]["objects"]) for result in results.values()}) > 1:
         print("The models have different patch grids, so their scores do not cover the same objects.")
     evaluation.write_table("table", rows, show=False)

@@ -257,13 +257,6 @@ def _figure(
     return write_pages(pairs, folder, "pca", row_titles, ["image", *columns], title)
 
 
-def _row(label: str, result: dict) -> dict:
-    mean = dict(result["mean"])
-    shares = {f"component {i}": share for i, share in enumerate(mean.pop("explained"), start=1)}
-    columns = {"foreground": mean["foreground_share"], "IoU": mean["iou"], "constant IoU": mean["constant_iou"]}
-    return {"model": label, "layer": result["layer"]} | shares | columns
-
-
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
     for loaded in models:
@@ -280,6 +273,14 @@ def _command(options: argparse.Namespace) -> None:
         layers = range(loaded.extract.depth) if options.layers == "all" else options.layers
         outcome = evaluate(loaded, images, layers, **settings)["layers"]
         for result in outcome:
+            mean = result["mean"]
+            shares = {f"component {i}": share for i, share in enumerate(mean["explained"], start=1)}
+            scores = {
+                "foreground": mean["foreground_share"],
+                "IoU": mean["iou"],
+                "constant IoU": mean["constant_iou"],
+            }
+            rows.append({"model": loaded.label, "layer": result["layer"]} | shares | scores)
             for group in result["groups"]:
                 if group["problem"]:
                     where = f"layer {result['layer']}, images {group['images'][0]} to {group['images'][-1]}"
@@ -289,7 +290,6 @@ def _command(options: argparse.Namespace) -> None:
             evaluation.written += _figure(by_layer, samples, first, evaluation.model_folder(loaded), loaded.label)
         else:
             columns[f"{loaded.label}\nlayer {outcome[0]['layer']}"] = outcome[0]
-        rows += [_row(loaded.label, result) for result in outcome]
         results[loaded.label] = {"layers": [{k: v for k, v in row.items() if k not in _DRAWN} for row in outcome]}
     if columns:
         evaluation.written += _figure(columns, samples, first, evaluation.folder, None)
