@@ -74,22 +74,23 @@ def _figure(
 
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
-    layers = attention_layers(options, models)
-    data = {loaded.label: open_data(options, loaded) for loaded in models}
-    first = data[models[0].label]
+    layers = {loaded.label: attention_layers(options, loaded) for loaded in models}
+    tasks = {loaded.label: (loaded, open_data(options, loaded), *layers[loaded.label]) for loaded in models}
+    first = tasks[models[0].label][1]
     if not first.labelled:
         raise UserError(f"--data {options.data} has no object masks: use voc:PATH, coco:PATH or shape_scenes")
     evaluation = Evaluation("coarse_segmentation", options, models)
 
-    def score(loaded: LoadedModel) -> dict:
-        label, read = loaded.label, evaluation.reading(loaded.label)
-        scores = evaluate(loaded, data[label], layers[label][0], options.fraction, options.seed, **read)
-        print(f"{label}\n{segmentation.scores_table(scores, loaded.extract.default_layer)}")
+    def score(loaded: LoadedModel, images: Dataset, layers: list[int], _shown: int) -> dict:
+        read = evaluation.reading(loaded.label)
+        scores = evaluate(loaded, images, layers, options.fraction, options.seed, **read)
+        print(f"{loaded.label}\n{segmentation.scores_table(scores, loaded.extract.default_layer)}")
         return scores
 
-    results = evaluation.score(score)
-    scored, rows, head_rows = [loaded for loaded in models if loaded.label in results], [], []
-    for loaded, reading in itertools.product(scored, segmentation.READINGS):
+    results = evaluation.score(score, tasks)
+    shown = [(loaded, images, layer) for loaded, images, _, layer in tasks.values() if loaded.label in results]
+    rows, head_rows = [], []
+    for (loaded, *_), reading in itertools.product(shown, segmentation.READINGS):
         scores, known = results[loaded.label][reading], {"model": loaded.label, "score": NAMES[reading]}
         equal = {name.replace("_", " "): scores[name] for name in (*BASELINES, "images", "objects")}
         equal["objects without a patch"] = scores["objects_without_patch"]
@@ -104,7 +105,6 @@ def _command(options: argparse.Namespace) -> None:
     evaluation.write_table("table", rows, show=False)
     evaluation.write_table("heads", head_rows, show=False)
     for threshold in segmentation.THRESHOLDS:
-        shown = [(loaded, data[loaded.label], layers[loaded.label][1]) for loaded in scored]
         evaluation.written += _figure(shown, threshold, options, evaluation.folder)
     evaluation.finish(results, {"class_names": first.class_names()}, ["* the paper's layer"])
 

@@ -251,8 +251,8 @@ def _figure(
 
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
-    layers = attention_layers(options, models)
-    data: dict[str, Dataset] = {}
+    layers = {loaded.label: attention_layers(options, loaded) for loaded in models}
+    tasks: dict[str, tuple[LoadedModel, Dataset, list[int], int]] = {}
     kind, _, path = options.data.partition(":")
     if options.boxes and (kind != "folder" or not path):
         raise UserError(f"--data {options.data}: with --boxes it must be folder:PATH")
@@ -263,18 +263,17 @@ def _command(options: argparse.Namespace) -> None:
             images = open_data(options, loaded)
         if not images.has_instances:
             raise UserError(f"--data {options.data} has no boxes: use coco:PATH, or name them with --boxes")
-        data[loaded.label] = images
+        tasks[loaded.label] = (loaded, images, *layers[loaded.label])
     evaluation = Evaluation("localization", options, models)
 
-    def score(loaded: LoadedModel) -> dict:
-        label, reading = loaded.label, evaluation.reading(loaded.label)
-        return evaluate(loaded, data[label], layers[label][0], options.resolution, seed=options.seed, **reading)
+    def score(loaded: LoadedModel, images: Dataset, layers: list[int], _shown: int) -> dict:
+        reading = evaluation.reading(loaded.label)
+        return evaluate(loaded, images, layers, options.resolution, seed=options.seed, **reading)
 
-    results = evaluation.score(score)
-    scored = [loaded for loaded in models if loaded.label in results]
-    rows = [row for m in scored for row in _rows(m.label, results[m.label], m.extract.default_layer)]
+    results = evaluation.score(score, tasks)
+    shown = [(loaded, images, layer) for loaded, images, _, layer in tasks.values() if loaded.label in results]
+    rows = [row for m, *_ in shown for row in _rows(m.label, results[m.label], m.extract.default_layer)]
     evaluation.write_table("table", rows)
-    shown = [(loaded, data[loaded.label], layers[loaded.label][1]) for loaded in scored]
     evaluation.written += _figure(shown, results, options, evaluation.folder)
     counts = next(iter(results.values()))
     notes = ["* the paper's layer", f"images with a box: {counts['images']}, without: {counts['without_boxes']}"]

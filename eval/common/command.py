@@ -35,15 +35,12 @@ def open_data(options: argparse.Namespace, loaded: LoadedModel) -> Dataset:
     return open_images(options.data, loaded.extract.image_size[0], options.limit)
 
 
-def attention_layers(options: argparse.Namespace, models: Sequence[LoadedModel]) -> dict[str, tuple[list[int], int]]:
-    """Return label → (layers of `--layers`, all by default; layer in figures); raise for a model without CLS."""
-    found = {}
-    for loaded in models:
-        loaded.require_cls()
-        wanted, default = options.layers or range(loaded.extract.depth), loaded.extract.default_layer
-        layers = [loaded.extract.resolve_layer(layer) for layer in wanted]
-        found[loaded.label] = layers, default if default in layers else layers[0]
-    return found
+def attention_layers(options: argparse.Namespace, loaded: LoadedModel) -> tuple[list[int], int]:
+    """Return the layers of `--layers`, all by default, and the layer in figures; raise for a model without CLS."""
+    loaded.require_cls()
+    wanted, default = options.layers or range(loaded.extract.depth), loaded.extract.default_layer
+    layers = [loaded.extract.resolve_layer(layer) for layer in wanted]
+    return layers, default if default in layers else layers[0]
 
 
 class Evaluation:
