@@ -26,7 +26,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from crate_fast.eval.common.models import open_model
 from crate_fast.eval.explore.command import model_choices
-from crate_fast.eval.explore.inspection import Explorer, ModelCache
+from crate_fast.eval.explore.inspection import Explorer
 from crate_fast.eval.explore.pictures import Pictures
 from crate_fast.eval.explore.server import application
 
@@ -113,10 +113,10 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(f"--browser {options.browser}: no such program; install Chromium or name another browser")
     with tempfile.TemporaryDirectory() as folder:
         _photos(Path(folder), options.pictures + 1)
-        models = ModelCache(model_choices(options.model), device="cpu", image_size=None, model_args=None, seed=0)
+        pictures, opening = Pictures(Path(folder)), {"image_size": None, "model_args": None, "seed": 0}
         extract = open_model(options.model).extract
-        models.get(0)  # as the command does before it prints the address
-        explorer = Explorer(models, "", Pictures(Path(folder)))
+        explorer = Explorer(model_choices(options.model), "", pictures, device="cpu", **opening)
+        explorer.model(0)  # as the command does before it prints the address
         server = uvicorn.Server(uvicorn.Config(application(explorer), port=0, log_level="warning"))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()

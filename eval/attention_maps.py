@@ -49,17 +49,10 @@ def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int 
     share adds pixels to those of a smaller share.
 
     Args:
-        images: uint8 [B, C, H, W].
+        images: uint8 [B, C, H, W], which are not changed.
         sigma: Standard deviation, on the scale of 0..255.
         share: Share of noisy pixels, 0 to 1.
-        seed: Not negative.
         first: Number of the first image in its data set.
-
-    Returns:
-        Noisy copies, uint8 [B, C, H, W].
-
-    Raises:
-        UserError: The images are not uint8, or sigma, share or seed is out of range.
 
     >>> add_noise(torch.full((1, 3, 4, 4), 100, dtype=torch.uint8), 20, 0.5, seed=0).ne(100).any(dim=1).sum().item()
     8
@@ -138,25 +131,20 @@ def evaluate(
         heads = zip(*row, strict=True)
         heads = [{"entropy": e, "entropy_normalised": n, "peak": list(divmod(p, grid[1]))} for e, n, p in heads]
         images.append({"name": name, "heads": heads})
-    levels = [torch.cat(level) for level in noisy]
+    levels, agreement = [torch.cat(level) for level in noisy], []
+    for (sigma, share), level in zip(noise, levels, strict=True):
+        per_head = map_correlation(maps, level).nanmean(dim=0)
+        mean, *values = (None if math.isnan(v) else v for v in (per_head.nanmean().item(), *per_head.tolist()))
+        agreement.append({"sigma": sigma, "share": share, "correlation": mean, "per_head": values})
     return {
         "layer": layer,
         "grid": list(grid),
         "images": images,
         "mean": {"entropy": entropy.mean(dim=0).tolist(), "entropy_normalised": normalised.mean(dim=0).tolist()},
-        "noise": [
-            {"sigma": sigma, "share": share} | _agreement(maps, level)
-            for (sigma, share), level in zip(noise, levels, strict=True)
-        ],
+        "noise": agreement,
         "maps": maps.unflatten(-1, grid).numpy(),
         "noisy_maps": torch.stack(levels).unflatten(-1, grid).numpy() if levels else None,
     }
-
-
-def _agreement(clean: Tensor, noisy: Tensor) -> dict:
-    per_head = map_correlation(clean, noisy).nanmean(dim=0)
-    mean, *values = (None if math.isnan(v) else v for v in (per_head.nanmean().item(), *per_head.tolist()))
-    return {"correlation": mean, "per_head": values}
 
 
 class _ModelMaps(NamedTuple):
@@ -227,48 +215,30 @@ def _noise_figures(
     return written
 
 
-def _noise_levels(options: argparse.Namespace) -> list[tuple[float, float]]:
-    if options.figure == "noise_sigma":
-        return [(sigma, options.share) for sigma in options.levels or SIGMAS]
-    if options.figure == "noise_share":
-        return [(options.sigma, share) for share in options.levels or SHARES]
-    if options.levels:
-        raise UserError(f"--levels has no effect on --figure {options.figure}: use noise_sigma or noise_share")
-    return []
-
-
-def _check_heads(heads: Sequence[int | str], noise: bool, labelled: bool, models: Sequence[LoadedModel]) -> None:
-    for loaded in models:
-        for head in heads:
-            if isinstance(head, int) and head >= loaded.extract.heads:
-                raise UserError(f"--heads {head}: {loaded.label} has heads 0 to {loaded.extract.heads - 1}")
-    if "best" in heads and noise:
-        raise UserError("--heads best would change heads between noise levels: choose heads by number")
-    if "best" in heads and not labelled:
-        raise UserError("--heads best needs object masks: use coco, voc or shape_scenes as --data")
-
-
-def _table(label: str, outcome: dict) -> list[dict]:
-    row = {"model": label, "layer": outcome["layer"]}
-    if outcome["noise"]:
-        names = {"σ": "sigma", "noisy pixels": "share", "correlation": "correlation"}
-        return [row | {title: level[name] for title, name in names.items()} for level in outcome["noise"]]
-    mean = zip(*outcome["mean"].values(), strict=True)
-    return [row | {"head": head, "entropy (nats)": e, "entropy / ln P": n} for head, (e, n) in enumerate(mean)]
-
-
 def _command(options: argparse.Namespace) -> None:
-    noise = _noise_levels(options)
+    noise: list[tuple[float, float]] = []
+    if options.figure == "noise_sigma":
+        noise = [(sigma, options.share) for sigma in options.levels or SIGMAS]
+    elif options.figure == "noise_share":
+        noise = [(options.sigma, share) for share in options.levels or SHARES]
+    elif options.levels:
+        raise UserError(f"--levels has no effect on --figure {options.figure}: use noise_sigma or noise_share")
     for level in noise:
         check_noise(*level, options.seed)
     models = open_models(options)
     labelled = not options.data.startswith(("folder", "photographs"))
     default = {"heads": ["all", "mean"], "models": ["mean", "best"] if labelled else ["mean"]}
     heads = options.heads or default.get(options.figure, ["all"])
-    _check_heads(heads, bool(noise), labelled, models)
+    if "best" in heads and noise:
+        raise UserError("--heads best would change heads between noise levels: choose heads by number")
+    if "best" in heads and not labelled:
+        raise UserError("--heads best needs object masks: use coco, voc or shape_scenes as --data")
     for loaded in models:
         loaded.require_cls()
         loaded.extract.resolve_layer(options.layer)
+        for head in heads:
+            if isinstance(head, int) and head >= loaded.extract.heads:
+                raise UserError(f"--heads {head}: {loaded.label} has heads 0 to {loaded.extract.heads - 1}")
     evaluation = Evaluation("attention_maps", options, models)
     results, rows, shown = {}, [], []
     for loaded in models:
@@ -287,7 +257,11 @@ def _command(options: argparse.Namespace) -> None:
         by_image = model.maps if model.noisy_maps is None else model.noisy_maps.swapaxes(0, 1)
         np.savez(folder / "attention.npz", **{str(s.key): maps for s, maps in zip(samples, by_image, strict=True)})
         results[loaded.label] = outcome
-        rows += _table(loaded.label, outcome)
+        row = {"model": loaded.label, "layer": outcome["layer"]}
+        names = {"σ": "sigma", "noisy pixels": "share", "correlation": "correlation"}
+        rows += [row | {title: level[name] for title, name in names.items()} for level in outcome["noise"]]
+        for head, (e, n) in enumerate(zip(*outcome["mean"].values(), strict=True) if not noise else ()):
+            rows.append(row | {"head": head, "entropy (nats)": e, "entropy / ln P": n})
     if options.figure == "models":
         evaluation.written += _images_figure(shown, heads, options.style, evaluation.folder)
     evaluation.write_table("attention", rows)

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError
@@ -23,7 +22,7 @@ from crate_fast.eval.common.command import Evaluation, open_data
 from crate_fast.eval.common.figures import Picture, curve_figure, image_grid, image_picture
 from crate_fast.eval.common.images import readable
 from crate_fast.eval.common.models import LoadedModel, open_model, split_label
-from crate_fast.eval.pca import TooFewPatchesError, pca_rgb
+from crate_fast.eval.pca import component_colours
 from crate_fast.options import main_of
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
@@ -37,15 +36,9 @@ def evaluate(
     measures: Sequence[str] = MEASURES,
     **options,
 ) -> dict[int, dict[str, float]]:
-    """Score one layer at each step; all scores are in percent.
+    """Score one layer of each (optimiser step, model), by default the model's own; all scores are in percent.
 
-    Args:
-        models: Pairs (optimiser step, model); a generator can open the models one by one.
-        layer: The layer; each model's default when None.
-        measures, **options: See `by_layer.evaluate`.
-
-    Returns:
-        Step → scores, named as in `by_layer.evaluate`.
+    `models` can be a generator that opens them one by one. Arguments and scores are those of `by_layer.evaluate`.
     """
     rows = {}
     for step, loaded in models:
@@ -53,17 +46,6 @@ def evaluate(
         titled = options | {"progress": f"step {step}"} if options.get("progress") else options
         rows[step] = measure(loaded, images, [wanted], measures, **titled)[wanted]
     return rows
-
-
-def _components(loaded: LoadedModel, pixels: Tensor, layer: int) -> list[Picture | None]:
-    """Return components 2 to 4 of each image (paper, Fig. 10, right); None for an image with too few patches."""
-    features, pictures = loaded.features(pixels, [layer]), []
-    for tokens in features.keys(layer).cpu():
-        try:
-            pictures.append(Picture(pca_rgb(tokens.unsqueeze(0), first=2)[0].view(*features.grid, 3).numpy()))
-        except TooFewPatchesError:
-            pictures.append(None)
-    return pictures
 
 
 def _command(options: argparse.Namespace) -> None:
@@ -99,7 +81,9 @@ def _command(options: argparse.Namespace) -> None:
             continue
         results |= evaluate([(step, loaded)], images, layer, measures, **settings)
         facts.append(loaded.facts)
-        columns.append(_components(loaded, torch.stack(shown), layer))
+        features = loaded.features(torch.stack(shown), [layer])  # of each image alone (paper, Fig. 10, right)
+        colours = [component_colours(tokens[None], features.grid) for tokens in features.keys(layer).cpu()]
+        columns.append([c if c is None else Picture(c.view(*features.grid, 3).numpy()) for c in colours])
     if not results.keys() - {0}:
         raise UserError(f"{run}: none of the steps {chosen} can be read; first problem: {left_out[chosen[0]]}")
     epochs = {0: 0.0} | {step: checkpoint_epoch(run, step) for step in chosen if step in results}

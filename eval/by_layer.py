@@ -23,12 +23,8 @@ MEASURES = ("maskcut", "coarse")
 def check_measures(
     measures: Sequence[str] | None, loaded: LoadedModel, images: Dataset, specification: str, **settings
 ) -> list[str]:
-    """Return the requested measures, by default all that the data set has annotations for.
-
-    `settings` are those of `maskcut.check`. Missing annotations or a missing CLS token raise a `UserError`.
-    """
-    annotated = {"maskcut": images.has_instances, "coarse": images.labelled}
-    possible = [name for name in MEASURES if annotated[name]]
+    """Return the measures, by default all that the data set has annotations for, and check `maskcut`'s settings."""
+    possible = ["maskcut"] * images.has_instances + ["coarse"] * images.labelled
     wanted = possible if measures is None else list(measures)
     missing = [name for name in wanted if name not in possible]
     if missing or not wanted:
@@ -53,12 +49,7 @@ def evaluate(
     seed: int = 0,
     **reading,
 ) -> dict[int, dict[str, float]]:
-    """Score each layer; all scores are in percent.
-
-    Args:
-        images: Data set with instances for "maskcut" and masks for "coarse". For others see `crate_fast.eval`.
-        measures: Any of `MEASURES`.
-        num_objects, tau: See `maskcut.maskcut`.
+    """Score each layer by some of `MEASURES`, in percent; "maskcut" needs images with instances, "coarse" with masks.
 
     Returns:
         Layer → "box AP50", "box AP75", "box AP", "box AR100", the same with "mask", "mIoU topk", "mIoU mass" and
@@ -67,12 +58,14 @@ def evaluate(
     """
     layers = list(range(loaded.extract.depth)) if layers is None else list(layers)
     rows: dict[int, dict[str, float]] = {layer: {} for layer in layers}
-    settings, coarse = {"num_objects": num_objects, "tau": tau}, {}
+    coarse = {}
     if "coarse" in measures:  # first, because it fails earlier without objects
         coarse = coarse_segmentation.evaluate(loaded, images, layers, seed=seed, **reading)
     if "maskcut" in measures:
-        for layer, numbers in maskcut.evaluate(loaded, images, layers, **settings, **reading).items():
-            rows[layer] |= {"images": numbers["images"], **maskcut.in_percent(numbers)}
+        found = maskcut.evaluate(loaded, images, layers, num_objects=num_objects, tau=tau, **reading)
+        rows = {
+            layer: {"images": numbers["images"], **maskcut.in_percent(numbers)} for layer, numbers in found.items()
+        }
     for name, result in coarse.items():
         title = coarse_segmentation.NAMES[name]
         for row in result["layers"]:
@@ -85,10 +78,7 @@ def evaluate(
 
 
 def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list[Curve]]:
-    """Turn label → {x → scores} into panels of curves, with baselines (mean mask, random, constant) for attention.
-
-    A baseline with equal values for several models is drawn once.
-    """
+    """Turn label → {x → scores} into panels of curves, for attention with baselines (mean mask, random, constant)."""
     panels: dict[str, list[Curve]] = {}
     attention = list(coarse_segmentation.NAMES.values())
     for name in ["box AP", "mask AP", *attention]:
@@ -98,7 +88,7 @@ def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list
             drawn: list[list] = []
             for label, rows in labelled.items():
                 points = [(x, row[column]) for x, row in rows.items() if column in row]
-                if not points or (baseline and points in drawn):
+                if not points or (baseline and points in drawn):  # models may have equal baselines
                     continue
                 title = label if not baseline else f"{baseline}, {label}" if drawn else baseline
                 drawn.append(points)

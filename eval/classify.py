@@ -43,12 +43,10 @@ _DATA_SETTINGS = (*_DATA_OPTIONS, "image_size", "seed")
 
 
 class LabelledImages(Dataset):
-    """Labelled images of a split. An unreadable image becomes a sample with a `problem`.
+    """Labelled images of a split of `plain_splits`, with its name for messages.
 
-    Args:
-        split: A split of `plain_splits`.
-        name: Name of the split, for messages.
-        limit: Maximum number of images; all when None. They are evenly spaced, as the split may be sorted by class.
+    The at most `limit` images are evenly spaced, as the split may be sorted by class. An unreadable image becomes a
+    sample with a `problem`.
     """
 
     def __init__(self, split: Dataset, name: str, limit: int | None = None):
@@ -73,10 +71,7 @@ class LabelledImages(Dataset):
 def pooled(model: nn.Module, tokens: Tensor, pool: str = "cls") -> Tensor:
     """Pool tokens [B, N, C] of `forward_features` to one vector per image [B, C], after the final LayerNorm.
 
-    Args:
-        model: A CRATE or a timm `VisionTransformer`.
-        tokens: Prefix tokens, then patches.
-        pool: "cls", or "mean" over the patches.
+    `pool` is "cls", or "mean" over the patches, which follow the prefix tokens.
     """
     prefix = model.num_prefix_tokens
     token = tokens[:, :1] if pool == "cls" else tokens[:, prefix:].mean(dim=1, keepdim=True)
@@ -89,18 +84,7 @@ def knn_predictions(
 ) -> dict[int, Tensor]:
     """Classify by a vote of the k nearest training images with weights exp(cosine / T) (DINO's protocol).
 
-    Args:
-        train: Training features [n, C].
-        labels: Training classes [n], from 0.
-        val: Validation features [m, C].
-        ks: Numbers of neighbours.
-        temperature: T, above 0.
-
-    Returns:
-        k → predicted classes [m].
-
-    Raises:
-        UserError: A k is below 1 or above n.
+    Training features [n, C] and `labels` [n], from 0, and validation features [m, C] give k → predicted classes [m].
 
     >>> knn_predictions(torch.eye(2), torch.tensor([4, 7]), torch.tensor([[0.1, 0.9]]), [1])
     {1: tensor([7])}
@@ -134,35 +118,18 @@ def check_linear(n_images: int, n_classes: int) -> None:
 
 
 class LinearProbe(NamedTuple):
-    """Result of `linear_probe`.
+    """Result of `linear_probe`."""
 
-    Attributes:
-        predictions: Predicted classes of the validation images [m].
-        C: Chosen inverse regularisation strength.
-        held_out: C → accuracy on the held-out training images.
-        converged: True if the final fit converged.
-    """
-
-    predictions: Tensor
-    C: float
-    held_out: dict[float, float]
-    converged: bool
+    predictions: Tensor  # predicted classes of the validation images [m]
+    C: float  # chosen inverse regularisation strength
+    held_out: dict[float, float]  # C → accuracy on the held-out training images
+    converged: bool  # the final fit converged
 
 
 def linear_probe(train: Tensor, labels: Tensor, val: Tensor, seed: int = 0) -> LinearProbe:
-    """Fit scikit-learn's multinomial logistic regression on standardised frozen features.
+    """Fit scikit-learn's multinomial logistic regression on standardised frozen features, as in `knn_predictions`.
 
     C is chosen from `STRENGTHS` on a held-out fifth of the training images. The final fit uses all of them.
-
-    Args:
-        train: Training features [n, C].
-        labels: Training classes [n].
-        val: Validation features [m, C].
-        seed: Seed of the choice of held-out images.
-
-    Raises:
-        UserError: scikit-learn is missing, there are fewer than ten training images, or the images that are not held
-            out have fewer than two classes.
     """
     require("sklearn")
     from sklearn.exceptions import ConvergenceWarning
@@ -200,12 +167,7 @@ def check(
     pool: str = "cls",
     train_limit: int | None = None,
 ) -> None:
-    """Check the arguments of `evaluate` before anything is computed.
-
-    Raises:
-        UserError: A protocol is unknown, the head has another number of classes than the data set, the model lacks
-            the token to pool, or there are too few training images for a k or for the linear probe.
-    """
+    """Raise a `UserError` for wrong arguments of `evaluate`, before anything is computed."""
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise UserError(f"--protocol {protocol!r}: choose among {', '.join(PROTOCOLS)}, separated by commas")
@@ -249,9 +211,8 @@ def _read(
 
 
 def _per_class(correct: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float | None]:
-    count = torch.bincount(labels, minlength=len(classes))
-    right = torch.bincount(labels[correct], minlength=len(classes))
-    return {name: (r / n if n else None) for name, r, n in zip(classes, right.tolist(), count.tolist(), strict=True)}
+    counts, right = (torch.bincount(found, minlength=len(classes)).tolist() for found in (labels, labels[correct]))
+    return {name: (r / n if n else None) for name, r, n in zip(classes, right, counts, strict=True)}
 
 
 def _probe(
@@ -261,9 +222,7 @@ def _probe(
     found: dict = {"per_class": {}, "left_out": {}}
     if "knn" in protocols:
         n_images = len(train["labels"])
-        for k in ks:
-            if k > n_images:
-                found["left_out"][f"{k}-NN"] = f"there are {n_images} training images"
+        found["left_out"] = {f"{k}-NN": f"there are {n_images} training images" for k in ks if k > n_images}
         ks = [k for k in ks if k <= n_images] or [n_images]
         predictions = knn_predictions(train[name], train["labels"], val[name], ks)
         correct = {k: predicted == val["labels"] for k, predicted in predictions.items()}
@@ -302,11 +261,9 @@ def evaluate(
         data: Result of `plain_splits`; the training split is read only for "knn" and "linear".
         protocols: Any of "head", "knn" and "linear".
         ks: Numbers of neighbours; when None, the values of `KS` up to the number of training images.
-        pool: See `pooled`.
         limit, train_limit: Maximum numbers of validation and training images, evenly spaced; all when None.
         raw_pixels: Also score k-NN and the linear probe on images of 16×16 pixels.
-        seed: Seed of the linear probe's held-out images.
-        **reading: See `images.batches`.
+        pool, seed, **reading: See `pooled`, `linear_probe` and `images.batches`.
 
     Returns:
         "images", "train_images": numbers of images read; "classes": number of classes; "chance": share of the most
@@ -352,17 +309,6 @@ def evaluate(
     return found
 
 
-def _data_config(loaded: LoadedModel, options: argparse.Namespace) -> TrainConfig:
-    """Return the data settings: those of the run, overridden by those of the options."""
-    if loaded.config is None and options.dataset is None:
-        raise UserError(f"{loaded.label} is not a run, so it has no data set: pass --dataset and --data-dir")
-    side = loaded.extract.image_size[0]
-    changes = {name: getattr(options, name) for name in _DATA_OPTIONS if getattr(options, name) is not None}
-    if loaded.config is None:
-        return TrainConfig(image_size=side, seed=options.seed, **changes)
-    return dataclasses.replace(loaded.config, image_size=side, download=False, **changes)
-
-
 def _paper_score(label: str, config: TrainConfig, n_classes: int) -> float | None:
     """Return the model's accuracy in the paper's Table 3; the data set is identified by its name or its folder's."""
     names = [config.dataset, Path(config.data_dir).name.lower()] + (["imagenet"] if n_classes == 1000 else [])
@@ -397,8 +343,15 @@ def _notes(label: str, scores: dict) -> list[str]:
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
     plan = []
+    changes = {name: getattr(options, name) for name in _DATA_OPTIONS if getattr(options, name) is not None}
     for loaded in models:
-        config = _data_config(loaded, options)
+        changes["image_size"] = loaded.extract.image_size[0]
+        if loaded.config is not None:
+            config = dataclasses.replace(loaded.config, download=False, **changes)
+        elif options.dataset is not None:
+            config = TrainConfig(seed=options.seed, **changes)
+        else:
+            raise UserError(f"{loaded.label} is not a run, so it has no data set: pass --dataset and --data-dir")
         default = ("head", "knn") if loaded.model.num_classes else ("knn",)
         protocols = tuple(options.protocol.split(",")) if options.protocol else default
         data = plain_splits(config)

@@ -21,7 +21,7 @@ from crate_fast.errors import UserError
 from crate_fast.eval.common import segmentation
 from crate_fast.eval.common.command import Evaluation, attention_layers, open_data, open_models
 from crate_fast.eval.common.figures import Picture, image_rows, write_pages
-from crate_fast.eval.common.images import Sample, batches, readable
+from crate_fast.eval.common.images import batches, readable
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.options import main_of
 
@@ -39,14 +39,8 @@ def evaluate(
 ) -> dict[str, dict]:
     """Score the CLS attention of layers, with both thresholds and by average precision.
 
-    Args:
-        fraction: Share of entries or mass kept. Other arguments: see `crate_fast.eval`.
-
-    Returns:
-        See `AttentionScores.result`; the keys of "by_class" are class numbers.
-
-    Raises:
-        UserError: No image can be scored.
+    `fraction` is the share of entries or mass kept. Return `AttentionScores.result`; the keys of "by_class" are class
+    numbers.
     """
     layers = range(loaded.extract.depth) if layers is None else layers
     scores = segmentation.AttentionScores(fraction, seed)
@@ -59,71 +53,58 @@ def evaluate(
     return scores.result()
 
 
-def _row(label: str, reading: str, scores: dict, row: dict, marked: int) -> dict:
-    return {
-        "model": label,
-        "score": NAMES[reading],
-        "layer": f"{row['layer']}{' *' if row['layer'] == marked else ''}",
-        "best head": row["best_head"],
-        "one head for all": row["fixed_head"],
-        **{name.replace("_", " "): scores[name] for name in BASELINES},
-        "images": scores["images"],
-        "objects": scores["objects"],
-        "objects without a patch": scores["objects_without_patch"],
-    }
-
-
-def _best_mask(loaded: LoadedModel, sample: Sample, layer: int, threshold: str, options) -> Picture:
-    """Return the mask of the head with the largest IoU with the union of the objects."""
-    features = loaded.features(sample.image[None], [layer])
-    masks = segmentation.attention_to_mask(features.cls_attention(layer)[0].cpu(), threshold, options.fraction)
-    objects, valid = sample.target.on_grid(features.grid)
-    head = segmentation.intersection_over_union(masks, objects.any(dim=0), valid).argmax()
-    return Picture(masks[head].view(features.grid).float().numpy(), "gray", (0, 1))
-
-
 def _figure(
     shown: Sequence[tuple[LoadedModel, Dataset, int]], threshold: str, options: argparse.Namespace, folder: Path
 ) -> list[Path]:
-    """Draw image, objects and each model's best mask for the first readable images (paper, Fig. 4a)."""
+    """Draw the first readable images, their objects and each model's mask of the largest IoU (paper, Fig. 4a)."""
     first = list(itertools.islice(readable(shown[0][1]), options.figure_images))
-    columns = {
-        f"{loaded.label}, layer {layer}": [_best_mask(loaded, images[i], layer, threshold, options) for i, _ in first]
-        for loaded, images, layer in shown
-    }
+    columns: dict[str, list[Picture]] = {}
+    for loaded, images, layer in shown:
+        pictures = columns[f"{loaded.label}, layer {layer}"] = []
+        for sample in (images[number] for number, _ in first):
+            features = loaded.features(sample.image[None], [layer])
+            attention = features.cls_attention(layer)[0].cpu()
+            masks = segmentation.attention_to_mask(attention, threshold, options.fraction)
+            objects, valid = sample.target.on_grid(features.grid)
+            head = segmentation.intersection_over_union(masks, objects.any(dim=0), valid).argmax()
+            pictures.append(Picture(masks[head].view(features.grid).float().numpy(), "gray", (0, 1)))
     rows, titles = image_rows([sample for _, sample in first], columns)
     return write_pages(rows, folder, f"masks_{threshold}", None, titles)
 
 
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
-    layers = attention_layers(options, models)
-    data = {loaded.label: open_data(options, loaded) for loaded in models}
-    first = data[models[0].label]
+    layers = {loaded.label: attention_layers(options, loaded) for loaded in models}
+    tasks = {loaded.label: (loaded, open_data(options, loaded), *layers[loaded.label]) for loaded in models}
+    first = tasks[models[0].label][1]
     if not first.labelled:
         raise UserError(f"--data {options.data} has no object masks: use voc:PATH, coco:PATH or shape_scenes")
     evaluation = Evaluation("coarse_segmentation", options, models)
 
-    def score(loaded: LoadedModel) -> dict:
-        label, read = loaded.label, evaluation.reading(loaded.label)
-        scores = evaluate(loaded, data[label], layers[label][0], options.fraction, options.seed, **read)
-        print(f"{label}\n{segmentation.scores_table(scores, loaded.extract.default_layer)}")
+    def score(loaded: LoadedModel, images: Dataset, layers: list[int], _shown: int) -> dict:
+        read = evaluation.reading(loaded.label)
+        scores = evaluate(loaded, images, layers, options.fraction, options.seed, **read)
+        print(f"{loaded.label}\n{segmentation.scores_table(scores, loaded.extract.default_layer)}")
         return scores
 
-    results = evaluation.score(score)
-    scored, rows, head_rows = [loaded for loaded in models if loaded.label in results], [], []
-    for loaded, reading in itertools.product(scored, segmentation.READINGS):
-        scores = results[loaded.label][reading]
+    results = evaluation.score(score, tasks)
+    shown = [(loaded, images, layer) for loaded, images, _, layer in tasks.values() if loaded.label in results]
+    rows, head_rows = [], []
+    for (loaded, *_), reading in itertools.product(shown, segmentation.READINGS):
+        scores, known = results[loaded.label][reading], {"model": loaded.label, "score": NAMES[reading]}
+        equal = {name.replace("_", " "): scores[name] for name in (*BASELINES, "images", "objects")}
+        equal["objects without a patch"] = scores["objects_without_patch"]
         for row in scores["layers"]:
-            rows.append(_row(loaded.label, reading, scores, row, loaded.extract.default_layer))
-            known = {name: rows[-1][name] for name in ("model", "score")} | {"layer": row["layer"]}
-            head_rows.append(known | {f"head {head}": score for head, score in enumerate(row["per_head"])})
+            star = " *" * (row["layer"] == loaded.extract.default_layer)
+            heads = {"best head": row["best_head"], "one head for all": row["fixed_head"]}
+            rows.append(known | {"layer": f"{row['layer']}{star}"} | heads | equal)
+            per_head = {f"head {head}": score for head, score in enumerate(row["per_head"])}
+            head_rows.append(known | {"layer": row["layer"]} | per_head)
     if len({(result["topk"]["images"], result["topk"]["objects"]) for result in results.values()}) > 1:
         print("The models have different patch grids, so their scores do not cover the same objects.")
     evaluation.write_table("table", rows, show=False)
     evaluation.write_table("heads", head_rows, show=False)
     for threshold in segmentation.THRESHOLDS:
-        shown = [(loaded, data[loaded.label], layers[loaded.label][1]) for loaded in scored]
         evaluation.written += _figure(shown, threshold, options, evaluation.folder)
     evaluation.finish(results, {"class_names": first.class_names()}, ["* the paper's layer"])
 

@@ -26,42 +26,31 @@ NEEDS = {"table1": ("maskcut",), "table2": ("coarse", "maskcut"), "figure4": ("c
 
 
 def evaluate(
-    loaded: LoadedModel,
-    images: Dataset,
-    measure: str,
-    layer: int | None = None,
-    threshold: str = "topk",
-    **options,
+    loaded: LoadedModel, images: Dataset, measure: str, layer: int | None = None, threshold: str = "topk", **options
 ) -> dict[str, float]:
-    """Score one model at one layer in percent, with the paper's column names.
+    """Score one model at one layer in percent, with the paper's column names; `options` are of `by_layer.evaluate`.
 
-    Args:
-        measure: "maskcut" or "coarse". Other arguments: see `crate_fast.eval`.
-        threshold: Threshold of "coarse"; "topk" follows the paper's text.
-        **options: See `by_layer.evaluate`.
-
-    Returns:
-        For "maskcut": "box AP50", "box AP75", "box AP", "box AR100", the same with "mask", and "COCO images". For
-        "coarse": "VOC mIoU"; the mIoU of the baselines "mean mask", "random maps" and "constant mask"; "attention
-        AP", which needs no threshold; and "VOC images".
+    Return for the measure "maskcut" "box AP50", "box AP75", "box AP", "box AR100", the same with "mask", and "COCO
+    images"; for "coarse" with a threshold ("topk" follows the paper's text) "VOC mIoU", the mIoU of the baselines
+    "mean mask", "random maps" and "constant mask", "attention AP", which needs no threshold, and "VOC images".
     """
     layer = loaded.extract.resolve_layer(layer)
     numbers = by_layer.evaluate(loaded, images, [layer], [measure], **options)[layer]
     if measure == "maskcut":
         return {"COCO images" if name == "images" else name: value for name, value in numbers.items()}
     name = coarse_segmentation.NAMES[threshold]
-    scores = {"VOC mIoU": numbers[name], "mean mask": numbers[f"mean mask {name}"]}
-    scores["random maps"] = numbers[f"random {name}"]
-    others = {"constant mask": numbers["constant"], "attention AP": numbers["attention AP"]}
-    return scores | others | {"VOC images": numbers["images"]}
+    return {
+        "VOC mIoU": numbers[name],
+        "mean mask": numbers[f"mean mask {name}"],
+        "random maps": numbers[f"random {name}"],
+        "constant mask": numbers["constant"],
+        "attention AP": numbers["attention AP"],
+        "VOC images": numbers["images"],
+    }
 
 
 def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
     """Return the rows of a table: for each column of the paper our number, the paper's and the gap (ours − paper's).
-
-    Args:
-        table: "table1", "table2" or "figure4".
-        ours: Model name → column → our number.
 
     >>> compare("figure4", {"CRATE-S/8": {"VOC mIoU": 20.0}, "mine": {"VOC mIoU": 30.0}})[0]
     {'model': 'CRATE-S/8', 'VOC mIoU': 20.0, 'VOC mIoU paper': 23.9, 'VOC mIoU gap': -3.9}
@@ -79,14 +68,12 @@ def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
 
 
 def _command(options: argparse.Namespace) -> None:
-    given = {
-        "maskcut": ("--coco", options.coco, options.image_size),
-        "coarse": ("--voc", options.voc, options.voc_size),
-    }
     config, tasks = {}, {}
     for measure in NEEDS[options.table]:
-        option, data, size = given[measure]
+        coco = measure == "maskcut"
+        data, size = (options.coco, options.image_size) if coco else (options.voc, options.voc_size)
         if data is None:
+            option = "--coco" if coco else "--voc"
             raise UserError(f"--table {options.table} needs the images of {measure}: pass {option} KIND:PATH")
         models = open_models(argparse.Namespace(**(vars(options) | {"image_size": size})))
         config[f"models for {measure}"] = [loaded.facts for loaded in models]

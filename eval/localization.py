@@ -36,9 +36,9 @@ from torchvision.utils import draw_bounding_boxes
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.boxes import BoxedImages, covered
-from crate_fast.eval.common.command import Evaluation, attention_layers, open_models
+from crate_fast.eval.common.command import Evaluation, attention_layers, open_data, open_models
 from crate_fast.eval.common.figures import Picture, image_picture, write_pages
-from crate_fast.eval.common.images import Sample, batches, open_images, readable
+from crate_fast.eval.common.images import Sample, batches, readable
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import average_precision
 from crate_fast.options import main_of
@@ -50,14 +50,10 @@ _CONNECTIVITY[1] = True
 
 
 def largest_boxes(maps: np.ndarray) -> np.ndarray:
-    """Find the box of the largest connected component of each map above each threshold.
+    """Find the box of the largest connected component of each map [K, h, w], scaled to [0, 1], above each threshold.
 
-    Args:
-        maps: Finite values [K, h, w]; each map is scaled to [0, 1]. Pixels above a threshold are connected to their
-            eight neighbours.
-
-    Returns:
-        [K, T, 4]: left, top, right, bottom in pixels, the last two exclusive; zeros if no pixel is above.
+    Return [K, T, 4]: left, top, right, bottom in pixels, the last two exclusive; zeros if no pixel is above. Pixels
+    are connected to their eight neighbours.
     """
     from scipy.ndimage import find_objects, label
 
@@ -142,14 +138,13 @@ def _scores(iou: np.ndarray, pointing: np.ndarray, ap: np.ndarray) -> dict[str, 
     }
 
 
-def _baseline_scores(maps: Sequence[Tensor], truths: Sequence[np.ndarray], resolution: int) -> dict[str, float]:
-    """Score a baseline, one map [rows, columns] per image."""
-    measured = [_measure(prior[None], truth, resolution) for prior, truth in zip(maps, truths, strict=True)]
-    return _summary(measured)["best_head"]
-
-
 def _baselines(truths: list[np.ndarray], grid: tuple[int, int], resolution: int) -> dict[str, dict[str, float]]:
     """Score the centre, the mean box of the other half of the images, and the whole picture."""
+
+    def scores(maps: Sequence[Tensor]) -> dict[str, float]:  # one map [rows, columns] per image
+        measured = [_measure(prior[None], truth, resolution) for prior, truth in zip(maps, truths, strict=True)]
+        return _summary(measured)["best_head"]
+
     y, x = (torch.linspace(-1, 1, side) for side in grid)
     centre = -(y[:, None] ** 2 + x**2)
     boxes = torch.from_numpy(np.stack([covered(truth, *grid) for truth in truths])).double()
@@ -157,8 +152,8 @@ def _baselines(truths: list[np.ndarray], grid: tuple[int, int], resolution: int)
     whole = np.stack([np.repeat(_best_iou(np.float64([0, 0, 1, 1]), truth), len(THRESHOLDS)) for truth in truths])
     share = boxes.mean(dim=(1, 2)).numpy()  # expectation for a random point, and for patches in random order
     return {
-        "centre": _baseline_scores([centre] * len(truths), truths, resolution),
-        "mean box": _baseline_scores([means[i % 2] for i in range(len(truths))], truths, resolution),
+        "centre": scores([centre] * len(truths)),
+        "mean box": scores([means[i % 2] for i in range(len(truths))]),
         "whole picture": _scores(whole, share, share),
     }
 
@@ -171,10 +166,7 @@ def evaluate(
     seed: int = 0,
     **reading,
 ) -> dict:
-    """Score how well the CLS attention of layers localizes the annotated boxes.
-
-    Args:
-        resolution: Side of the enlarged maps in pixels. Other arguments: see `crate_fast.eval`.
+    """Score how well the CLS attention of layers, on maps of `resolution` pixels, localizes the annotated boxes.
 
     Returns:
         "layers": for each, "layer" and scores as "best_head", "one_head" and "per_head"; "baselines": name → scores
@@ -259,38 +251,33 @@ def _figure(
 
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
-    layers = attention_layers(options, models)
-    data = {loaded.label: _open_data(options, loaded.extract.image_size[0]) for loaded in models}
-    evaluation = Evaluation("localization", options, models)
-
-    def score(loaded: LoadedModel) -> dict:
-        label, reading = loaded.label, evaluation.reading(loaded.label)
-        return evaluate(loaded, data[label], layers[label][0], options.resolution, seed=options.seed, **reading)
-
-    results = evaluation.score(score)
-    scored = [loaded for loaded in models if loaded.label in results]
-    rows = [row for m in scored for row in _rows(m.label, results[m.label], m.extract.default_layer)]
-    evaluation.write_table("table", rows)
-    shown = [(loaded, data[loaded.label], layers[loaded.label][1]) for loaded in scored]
-    evaluation.written += _figure(shown, results, options, evaluation.folder)
-    counts = next(iter(results.values()))
-    notes = [
-        "* the paper's layer",
-        f"images with a box: {counts['images']}, without: {counts['without_boxes']}",
-    ]
-    evaluation.finish(results, None, notes)
-
-
-def _open_data(options: argparse.Namespace, size: int) -> Dataset:
-    if options.boxes is None:
-        images = open_images(options.data, size, options.limit)
+    layers = {loaded.label: attention_layers(options, loaded) for loaded in models}
+    tasks: dict[str, tuple[LoadedModel, Dataset, list[int], int]] = {}
+    kind, _, path = options.data.partition(":")
+    if options.boxes and (kind != "folder" or not path):
+        raise UserError(f"--data {options.data}: with --boxes it must be folder:PATH")
+    for loaded in models:
+        if options.boxes:
+            images = BoxedImages(Path(path), loaded.extract.image_size[0], options.boxes, options.limit)
+        else:
+            images = open_data(options, loaded)
         if not images.has_instances:
             raise UserError(f"--data {options.data} has no boxes: use coco:PATH, or name them with --boxes")
-        return images
-    kind, _, path = options.data.partition(":")
-    if kind != "folder" or not path:
-        raise UserError(f"--data {options.data}: with --boxes it must be folder:PATH")
-    return BoxedImages(Path(path), size, options.boxes, options.limit)
+        tasks[loaded.label] = (loaded, images, *layers[loaded.label])
+    evaluation = Evaluation("localization", options, models)
+
+    def score(loaded: LoadedModel, images: Dataset, layers: list[int], _shown: int) -> dict:
+        reading = evaluation.reading(loaded.label)
+        return evaluate(loaded, images, layers, options.resolution, seed=options.seed, **reading)
+
+    results = evaluation.score(score, tasks)
+    shown = [(loaded, images, layer) for loaded, images, _, layer in tasks.values() if loaded.label in results]
+    rows = [row for m, *_ in shown for row in _rows(m.label, results[m.label], m.extract.default_layer)]
+    evaluation.write_table("table", rows)
+    evaluation.written += _figure(shown, results, options, evaluation.folder)
+    counts = next(iter(results.values()))
+    notes = ["* the paper's layer", f"images with a box: {counts['images']}, without: {counts['without_boxes']}"]
+    evaluation.finish(results, None, notes)
 
 
 main = main_of("eval localization", _command)

@@ -8,6 +8,7 @@ The command writes one record per image to its output folder and resumes from th
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms.functional import InterpolationMode, resize
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from crate_fast.errors import UserError, require
 from crate_fast.eval.common import coco
@@ -34,42 +36,32 @@ from crate_fast.eval.common.results import Records
 from crate_fast.functional import linear
 from crate_fast.options import main_of
 from crate_fast.train.checkpoint import write_text
-from crate_fast.train.distributed import Processes, process_group
+from crate_fast.train.distributed import process_group
 
 EPSILON = 1e-5  # affinity of patches that are not linked
 _LARGEST_OVERLAP, _SMALLEST_SHARE = 0.5, 0.01  # IoU with the previous mask; share of the grid
 _FORMAT = 1  # version of the records; raise it when their content changes
 _LINK_BYTES = 2 * 2**30  # memory for the affinities of one batch
+_COLOURS = ((230, 60, 50), (60, 130, 230), (60, 180, 80), (240, 180, 40), (160, 90, 210), (40, 190, 200))
 
 
 class MaskCut(NamedTuple):
-    """Masks found by `maskcut`.
+    """Masks found by `maskcut`."""
 
-    Attributes:
-        masks: Boolean [B, n, rows, columns]; disjoint, empty masks last.
-        residuals, solvers: Those of each mask's `normalized_cut.Cut`, [B, n]; NaN and −1 where none was computed.
-    """
-
-    masks: Tensor
+    masks: Tensor  # boolean [B, n, rows, columns]; disjoint, empty masks last
+    # of the `normalized_cut.Cut` of each mask, [B, n]; NaN and −1 where none was computed
     residuals: Tensor
     solvers: Tensor
 
 
 def object_of(vector: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Extract the object from a second eigenvector.
+    """Extract the object, boolean [rows, columns], from the entries [P] of a second eigenvector; none if constant.
 
     Patches above the mean are foreground, and the seed is the largest entry. If at least three of the four corners
     are foreground, the sides are swapped and the seed is the smallest entry. Entries within 1e-4 of this extreme are
     equal to it, because patches with the same links differ by rounding; the first one is the seed. The object is the
     4-connected component of the foreground that contains the seed. CutLER's code also swaps the sides if the patch of
     largest magnitude is not foreground. That depends on the solver's sign; here this patch is always positive.
-
-    Args:
-        vector: Entries [P] of a `normalized_cut.Cut`.
-        grid: Rows and columns of patches.
-
-    Returns:
-        Boolean [rows, columns]; all False if the vector is constant.
     """
     from scipy.ndimage import label
 
@@ -207,14 +199,9 @@ def detect(
     crf: bool = False,
     **reading,
 ) -> Iterator[dict]:
-    """Run MaskCut on a data set, for several layers in one pass of the model.
+    """Run MaskCut on a data set, for several layers in one pass of the model; `crf` refines masks by `coco.refine`.
 
-    Args:
-        num_objects, tau: See `maskcut`. Other arguments: see `crate_fast.eval`.
-        crf: Refine masks by `coco.refine`, at the model's image size.
-
-    Yields:
-        For each image: "image_id"; "layers", layer → "detections" (COCO results), "residuals" and "solvers".
+    Yield for each image its "image_id" and "layers", layer → "detections" (COCO results), "residuals" and "solvers".
     """
     for batch in batches(images, **reading):
         features = loaded.features(batch.images, layers)
@@ -240,7 +227,7 @@ def detect(
 def summarise(images: Dataset, records: Sequence[dict], layer: int, evaluated: Sequence) -> dict:
     """Summarise one layer's records: counts, largest residual and, with COCO annotations, AP and AR.
 
-    `evaluated` holds the keys of all images; an image without a record counts as missed.
+    `evaluated` holds the keys of all images; the objects of an image without a record count as missed.
     """
     parts = [record["layers"][layer] for record in records]
     detections = [entry for part in parts for entry in part["detections"]]
@@ -267,16 +254,8 @@ def in_percent(numbers: dict) -> dict[str, float]:
     }
 
 
-def evaluate(
-    loaded: LoadedModel,
-    images: Dataset,
-    layers: Sequence[int] | None = None,
-    **options,
-) -> dict[int, dict]:
-    """Score MaskCut without writing files; return layer → numbers of `summarise`.
-
-    `layers` is the default layer when None; `options` are those of `detect`.
-    """
+def evaluate(loaded: LoadedModel, images: Dataset, layers: Sequence[int] | None = None, **options) -> dict[int, dict]:
+    """Score MaskCut with `options` of `detect`; return layer → numbers of `summarise`."""
     layers = [loaded.extract.default_layer] if layers is None else list(layers)
     check(loaded, images)
     records = list(detect(loaded, images, layers, **options))
@@ -285,12 +264,21 @@ def evaluate(
 
 def _figure(images: Dataset, records: dict, layer: int, paths: list[Path], shown: int) -> None:
     """Draw the first readable images with their masks and boxes (paper, Fig. 5)."""
+    from pycocotools import mask as rle
+
     pictures = []
     readable = [index for index, key in enumerate(images.keys()) if key in records]
     for sample in map(images.__getitem__, readable[:shown]):
         picture = resize(sample.image, list(sample.size), InterpolationMode.BICUBIC)
+        line = max(1, min(sample.size) // 150)
         detections = records[sample.key]["layers"][layer]["detections"]
-        pictures.append(image_picture(coco.paint_detections(picture, detections)))
+        for entry, colour in zip(detections, itertools.cycle(_COLOURS), strict=False):
+            mask = torch.from_numpy(rle.decode(entry["segmentation"])).bool()
+            x, y, width, height = entry["bbox"]
+            corners = torch.tensor([[x, y, x + width - 1, y + height - 1]])
+            picture = draw_segmentation_masks(picture, mask, alpha=0.55, colors=colour)
+            picture = draw_bounding_boxes(picture, corners, colors=colour, width=line)
+        pictures.append(image_picture(picture))
     image_grid([pictures[i : i + 6] for i in range(0, len(pictures), 6)], paths)
 
 
@@ -304,7 +292,13 @@ def _command(options: argparse.Namespace) -> None:
         check(loaded, images, **settings)
         evaluation = Evaluation("maskcut", options, [loaded])
         decisive = {**loaded.facts, "data": options.data, "layer": layer, **settings, "format": _FORMAT}
-        records = _open_records(evaluation.folder / "records", decisive, processes)
+        refusal = ""
+        try:
+            records = Records(evaluation.folder / "records", decisive, processes.rank)
+        except ValueError as error:  # on rank 0
+            refusal = str(error)
+        if refusal := processes.agree(refusal):  # all ranks raise, so that none waits
+            raise UserError(refusal)
         done = records.read()
         processes.wait()  # no rank writes before all ranks have read the records
         todo = [index for index, key in enumerate(images.keys()) if key not in done]
@@ -317,20 +311,6 @@ def _command(options: argparse.Namespace) -> None:
         if processes.first:
             _finish(evaluation, images, records.read(), layer, decisive)
         processes.wait()
-
-
-def _open_records(folder: Path, settings: dict, processes: Processes) -> Records:
-    """Open this rank's records. If rank 0 cannot, all ranks raise, so that none waits."""
-    refusal = ""
-    if processes.first:
-        try:
-            Records(folder, settings)
-        except ValueError as error:
-            refusal = str(error)
-    refusal = processes.agree(refusal)
-    if refusal:
-        raise UserError(refusal)
-    return Records(folder, settings, processes.rank)
 
 
 def _finish(evaluation: Evaluation, images: Dataset, records: dict, layer: int, decisive: dict) -> None:

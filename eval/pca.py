@@ -39,18 +39,10 @@ class TooFewPatchesError(UserError):
 
 
 def principal_components(tokens: Tensor, count: int, centred: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the leading eigenvectors of ZᵀZ for tokens Z [n, C], in float64.
+    """Return the leading eigenvectors of ZᵀZ for tokens Z [n, C], float64 [C, count], and their shares of ‖Z‖².
 
-    Args:
-        tokens: [n, C].
-        count: Number of eigenvectors.
-        centred: Subtract the tokens' mean first, as textbooks do; the paper does not.
-
-    Returns:
-        (components [C, count], each with a positive entry of largest magnitude; their shares of ‖Z‖² [count]).
-
-    Raises:
-        UserError: C is below `count`, or a token is not finite.
+    Their entries of largest magnitude are positive. `centred` subtracts the tokens' mean first, as textbooks do; the
+    paper does not.
     """
     if tokens.shape[-1] < count:
         raise UserError(f"{count} components need {count} features, not {tokens.shape[-1]}: use a wider model")
@@ -66,28 +58,22 @@ def principal_components(tokens: Tensor, count: int, centred: bool = False) -> t
 
 
 class Foreground(NamedTuple):
-    """Foreground patches, those with a large first component.
+    """Foreground patches, those with a large first component."""
 
-    Attributes:
-        mask: Boolean [J, P].
-        projection: Projection on the first component, before the threshold, float64 [J, P].
-        explained: Shares of ‖Z‖² explained by the first four components, or by all if there are fewer.
-    """
-
-    mask: Tensor
-    projection: Tensor
-    explained: list[float]
+    mask: Tensor  # boolean [J, P]
+    projection: Tensor  # projection on the first component, before the threshold, float64 [J, P]
+    explained: list[float]  # shares of ‖Z‖² explained by the first four components, or by all if there are fewer
 
 
 def check_foreground(grid: tuple[int, int], threshold: float, scaling: str) -> None:
-    """Raise a `UserError` if settings of `foreground` are out of range or the grid is too small."""
+    """Raise a `UserError` for wrong settings of `foreground`."""
     if scaling not in SCALINGS:
         raise UserError(f"scaling={scaling!r}: choose one of {', '.join(map(repr, SCALINGS))}")
     if not threshold >= 0:
         raise UserError(f"threshold={threshold}: it must be at least 0")
     if min(grid) < 3:
         raise UserError(
-            f"grid={grid} is too small: at least 3×3 patches are needed; use larger images (--image-size)"
+            f"grid={grid} is too small, at least 3×3 patches are needed: use larger images (--image-size)"
         )
 
 
@@ -108,9 +94,6 @@ def foreground(
             depends on the norm of the features. "minmax" centres the features and scales the projections to [0, 1],
             as in public demos of DINOv2; scale and offset do not matter, but a single outlier may.
         grid: Rows and columns of patches, at least 3 each; a square when None.
-
-    Raises:
-        UserError: Shapes or settings do not fit.
 
     >>> features = torch.full((1, 16, 2), -1.0)
     >>> features[0, [5, 6, 9]] = 2.0
@@ -151,7 +134,6 @@ def pca_rgb(
 
     Raises:
         TooFewPatchesError: Fewer than first + 3 patches are chosen.
-        UserError: C is below first + 2, or a feature is not finite.
     """
     mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device) if mask is None else mask
     tokens = features[mask].double()
@@ -167,6 +149,18 @@ def pca_rgb(
     colours = torch.zeros(*mask.shape, 3, device=features.device)
     colours[mask] = ((values - low) / (high - low).clamp(min=_TINY)).clamp(0, 1).float()
     return colours, explained[first - 1 :].tolist()
+
+
+def component_colours(features: Tensor, grid: tuple[int, int], parts: bool = False) -> Tensor | None:
+    """Return components 2 to 4 of all patches or, for `parts`, 1 to 3 of the foreground as colours [J, P, 3].
+
+    Too few patches have no colours: None.
+    """
+    try:
+        mask = foreground(features, grid=grid).mask if parts else None
+        return pca_rgb(features, mask, first=1 if parts else 2)[0]
+    except TooFewPatchesError:
+        return None
 
 
 # --- the protocol
@@ -223,7 +217,17 @@ def evaluate(
             names = [str(sample.key) for sample in together]
             result["groups"].append({"images": names, "explained": found.explained} | outcome)
             result["projections"] += list(found.projection.unflatten(1, grid).numpy())
-            result["images"] += [_describe(s, mask, grid) for s, mask in zip(together, found.mask, strict=True)]
+            for sample, mask in zip(together, found.mask, strict=True):
+                image = {"name": str(sample.key), "foreground_share": mask.double().mean().item()}
+                image |= {"iou": None, "constant_iou": None}
+                if sample.target is not None:
+                    masks, valid = sample.target.on_grid(grid)
+                    union = masks.any(dim=0)
+                    if union.any():
+                        image["iou"] = intersection_over_union(mask, union, valid).item()
+                        whole = torch.ones_like(mask)
+                        image["constant_iou"] = intersection_over_union(whole, union, valid).item()
+                result["images"].append(image)
         result["mean"] = {}
         for name in ("foreground_share", "iou", "constant_iou"):
             values = [image[name] for image in result["images"] if image[name] is not None]
@@ -232,17 +236,6 @@ def evaluate(
         result["mean"]["explained"] = [sum(shares) / len(shares) for shares in explained]
         results.append(result)
     return {"layers": results}
-
-
-def _describe(sample: Sample, mask: Tensor, grid: tuple[int, int]) -> dict:
-    scores = {"iou": None, "constant_iou": None}
-    if sample.target is not None:
-        masks, valid = sample.target.on_grid(grid)
-        union = masks.any(dim=0)
-        if union.any():
-            predicted = {"iou": mask, "constant_iou": torch.ones_like(mask)}
-            scores = {name: intersection_over_union(p, union, valid).item() for name, p in predicted.items()}
-    return {"name": str(sample.key), "foreground_share": mask.double().mean().item()} | scores
 
 
 def _figure(
@@ -264,13 +257,6 @@ def _figure(
     return write_pages(pairs, folder, "pca", row_titles, ["image", *columns], title)
 
 
-def _row(label: str, result: dict) -> dict:
-    mean = dict(result["mean"])
-    shares = {f"component {i}": share for i, share in enumerate(mean.pop("explained"), start=1)}
-    columns = {"foreground": mean["foreground_share"], "IoU": mean["iou"], "constant IoU": mean["constant_iou"]}
-    return {"model": label, "layer": result["layer"]} | shares | columns
-
-
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
     for loaded in models:
@@ -287,25 +273,28 @@ def _command(options: argparse.Namespace) -> None:
         layers = range(loaded.extract.depth) if options.layers == "all" else options.layers
         outcome = evaluate(loaded, images, layers, **settings)["layers"]
         for result in outcome:
-            _warn(loaded.label, result)
+            mean = result["mean"]
+            shares = {f"component {i}": share for i, share in enumerate(mean["explained"], start=1)}
+            scores = {
+                "foreground": mean["foreground_share"],
+                "IoU": mean["iou"],
+                "constant IoU": mean["constant_iou"],
+            }
+            rows.append({"model": loaded.label, "layer": result["layer"]} | shares | scores)
+            for group in result["groups"]:
+                if group["problem"]:
+                    where = f"layer {result['layer']}, images {group['images'][0]} to {group['images'][-1]}"
+                    print(f"no colours for {loaded.label}, {where}: {group['problem']}", file=sys.stderr)
         if len(outcome) > 1:
             by_layer = {f"layer {result['layer']}": result for result in outcome}
             evaluation.written += _figure(by_layer, samples, first, evaluation.model_folder(loaded), loaded.label)
         else:
             columns[f"{loaded.label}\nlayer {outcome[0]['layer']}"] = outcome[0]
-        rows += [_row(loaded.label, result) for result in outcome]
         results[loaded.label] = {"layers": [{k: v for k, v in row.items() if k not in _DRAWN} for row in outcome]}
     if columns:
         evaluation.written += _figure(columns, samples, first, evaluation.folder, None)
     evaluation.write_table("pca", rows)
     evaluation.finish(results, settings)
-
-
-def _warn(label: str, result: dict) -> None:
-    for group in result["groups"]:
-        if group["problem"]:
-            where = f"layer {result['layer']}, images {group['images'][0]} to {group['images'][-1]}"
-            print(f"no colours for {label}, {where}: {group['problem']}", file=sys.stderr)
 
 
 main = main_of("eval pca", _command)

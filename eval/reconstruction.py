@@ -11,7 +11,6 @@ import argparse
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.command import Evaluation, open_models
@@ -22,34 +21,20 @@ from crate_fast.options import main_of
 from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
 
 
-def _errors(images: Tensor, filled: Tensor, hidden: Tensor) -> Tensor:
-    """Return sums over hidden values [4]: squared errors of model, visible mean and image mean, and their number."""
-    visible = ~hidden
-    seen = (images * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)
-    guesses = (filled, seen, images.mean((2, 3), keepdim=True))
-    sums = [((guess - images).square() * hidden).sum() for guess in guesses]
-    return torch.stack([*sums, hidden.sum() * images.shape[1]]).double().cpu()
-
-
 @torch.inference_mode()
 def evaluate(
     loaded: LoadedModel, image_batches: Iterable[Batch], ratios: Sequence[float] = RATIOS, seed: int = 0
 ) -> list[dict]:
     """Measure one model's loss and errors at each mask ratio.
 
-    Args:
-        loaded: A CRATE-MAE. Other arguments: see `crate_fast.eval`.
-        ratios: Mask ratios.
-        seed: Seed of the masks, which do not depend on the batch size.
+    The masks depend on `seed` and not on the batch size.
 
     Returns:
         For each ratio: "mask_ratio", training "loss", "rmse", "rmse_visible_mean", "rmse_image_mean", "images".
-
-    Raises:
-        UserError: The model is not a CRATE-MAE.
     """
     model = _autoencoder(loaded)
     unit = 255 * loaded.normalize.scale
+    # for each ratio the squared errors of model, visible mean and image mean over hidden values, and their number
     sums, losses, count = torch.zeros(len(ratios), 4, dtype=torch.float64), [0.0] * len(ratios), 0
     for batch in image_batches:
         pixels = loaded.normalize(batch.images.to(loaded.device))
@@ -59,7 +44,11 @@ def evaluate(
         for row, ratio in enumerate(ratios):
             loss, pred, mask = model(pixels, ratio, noise=noise)
             filled = (model.reconstruction(pixels, pred) - loaded.normalize.shift) / unit
-            sums[row] += _errors(plain, filled, model.mask_image(mask).bool())
+            hidden = model.mask_image(mask).bool()
+            visible_mean = (plain * ~hidden).sum((2, 3), keepdim=True) / (~hidden).sum((2, 3), keepdim=True)
+            guesses = (filled, visible_mean, plain.mean((2, 3), keepdim=True))
+            errors = [((guess - plain).square() * hidden).sum() for guess in guesses]
+            sums[row] += torch.stack([*errors, hidden.sum() * plain.shape[1]]).double().cpu()
             losses[row] += loss.item() * len(pixels)
         count += len(pixels)
     names = ("rmse", "rmse_visible_mean", "rmse_image_mean")

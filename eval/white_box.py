@@ -46,10 +46,9 @@ def left_out(model: nn.Module) -> dict[str, str]:
 def trend(values: Sequence[float]) -> dict:
     """Describe how a measure changes with depth, from its values by layer.
 
-    Returns:
-        "first" and "last" value; "steps", the number of steps between layers, and "steps_down", how many of them
-        fall; "spearman", the rank correlation of layer and value (ties share their mean rank; None for a single layer
-        or constant values); "falls": "yes" if every step falls, "in part" if "spearman" is negative, else "no".
+    Return its "first" and "last" value; "steps", the number of steps between layers, and "steps_down", how many of
+    them fall; "spearman", the rank correlation of layer and value (ties share their mean rank; None for one layer or
+    constant values); "falls": "yes" if every step falls, "in part" if "spearman" is negative, else "no".
 
     >>> trend([3.0, 2.0, 2.5, 1.0])["spearman"], trend([3.0, 2.0, 2.5, 1.0])["falls"]
     (-0.8, 'in part')
@@ -69,18 +68,12 @@ def trend(values: Sequence[float]) -> dict:
 def evaluate(loaded: LoadedModel, image_batches: Iterable[Batch], epsilon: float = 0.01) -> dict:
     """Measure the white-box curves of one model.
 
-    Args:
-        loaded: Any model. Measures that are undefined for it are left out; if none remains, no image is read. Other
-            arguments: see `crate_fast.eval`.
-        epsilon: ε of R^c.
+    Measures that are undefined for it are left out; if none remains, no image is read. `epsilon` is ε of R^c.
 
     Returns:
         "images", number of images; "layers", for each layer its index "layer" and for each measure the mean over
         images and, with the suffix "_std", the standard deviation; "trends", measure → `trend` of its means;
         "left_out", measure → reason.
-
-    Raises:
-        UserError: ε is not positive.
     """
     reasons = left_out(loaded.model)
     if len(reasons) == len(MEASURES):
@@ -101,35 +94,6 @@ def evaluate(loaded: LoadedModel, image_batches: Iterable[Batch], epsilon: float
     return {"images": count, "layers": layers, "trends": trends, "left_out": reasons}
 
 
-def _tables(results: dict[str, dict]) -> tuple[list[dict], list[dict]]:
-    """Return the table rows of the layers and of the trends."""
-    by_layer, by_measure = [], []
-    for label, result in results.items():
-        for row in result["layers"]:
-            by_layer.append({"model": label, "layer": row["layer"]})
-            for name, (column, _) in MEASURES.items():
-                by_layer[-1] |= {column: row.get(name), f"{column} ±": row.get(f"{name}_std")}
-        for name, (column, _) in MEASURES.items():
-            found = result["trends"].get(name, {"falls": result["left_out"].get(name)})
-            steps = f"{found['steps_down']} of {found['steps']}" if "steps" in found else None
-            row = {"first layer": found.get("first"), "last layer": found.get("last"), "steps down": steps}
-            row |= {"Spearman with depth": found.get("spearman"), "falls with depth": found["falls"]}
-            by_measure.append({"model": label, "measure": column} | row)
-    return by_layer, by_measure
-
-
-def _panels(results: dict[str, dict], untrained: set[str]) -> dict[str, list[Curve]]:
-    panels: dict[str, list[Curve]] = {}
-    for name, (_, axis) in MEASURES.items():
-        for label, result in results.items():
-            if axis is not None and name in result["trends"]:
-                layers = result["layers"]
-                mean, spread = [row[name] for row in layers], [row[f"{name}_std"] for row in layers]
-                curve = Curve(label, [row["layer"] for row in layers], mean, spread, dashed=label in untrained)
-                panels.setdefault(axis, []).append(curve)
-    return panels
-
-
 def _command(options: argparse.Namespace) -> None:
     if not options.epsilon > 0:
         raise UserError(f"--epsilon {options.epsilon}: give a positive precision, such as the default 0.01")
@@ -137,15 +101,29 @@ def _command(options: argparse.Namespace) -> None:
     if all(len(left_out(loaded.model)) == len(MEASURES) for loaded in models):
         raise UserError("none of these models has subspaces or ISTA: name at least one CRATE")
     evaluation = Evaluation("white_box", options, models)
-    results = {}
+    results, by_layer, by_measure = {}, [], []
+    panels: dict[str, list[Curve]] = {axis: [] for _, axis in MEASURES.values() if axis}
     for loaded in models:
-        read = batches(open_data(options, loaded), **evaluation.reading(f"white box, {loaded.label}"))
-        results[loaded.label] = evaluate(loaded, read, options.epsilon)
-    untrained = {loaded.label for loaded in models if loaded.facts["model"].endswith("@untrained")}
-    by_layer, by_measure = _tables(results)
+        label, untrained = loaded.label, loaded.facts["model"].endswith("@untrained")
+        read = batches(open_data(options, loaded), **evaluation.reading(f"white box, {label}"))
+        result = results[label] = evaluate(loaded, read, options.epsilon)
+        for row in result["layers"]:
+            by_layer.append({"model": label, "layer": row["layer"]})
+            for name, (column, _) in MEASURES.items():
+                by_layer[-1] |= {column: row.get(name), f"{column} ±": row.get(f"{name}_std")}
+        for name, (column, axis) in MEASURES.items():
+            found = result["trends"].get(name, {"falls": result["left_out"].get(name)})
+            steps = f"{found['steps_down']} of {found['steps']}" if "steps" in found else None
+            row = {"first layer": found.get("first"), "last layer": found.get("last"), "steps down": steps}
+            row |= {"Spearman with depth": found.get("spearman"), "falls with depth": found["falls"]}
+            by_measure.append({"model": label, "measure": column} | row)
+            if axis and name in result["trends"]:
+                points = [(row["layer"], row[name], row[f"{name}_std"]) for row in result["layers"]]
+                panels[axis].append(Curve(label, *zip(*points, strict=True), dashed=untrained))
     evaluation.write_table("white_box", by_layer)
     evaluation.write_table("trends", by_measure)
-    curve_figure(_panels(results, untrained), "layer", evaluation.figure("white_box"))
+    panels = {axis: curves for axis, curves in panels.items() if curves}
+    curve_figure(panels, "layer", evaluation.figure("white_box"))
     evaluation.finish(results)
 
 

@@ -13,7 +13,7 @@ from image_data import encoded
 from PIL import Image
 
 from crate_fast.eval.explore.command import model_choices
-from crate_fast.eval.explore.inspection import Explorer, ModelCache
+from crate_fast.eval.explore.inspection import Explorer
 from crate_fast.eval.explore.pictures import Pictures
 from crate_fast.eval.explore.server import application
 
@@ -25,7 +25,7 @@ def explorer_with(*models: str, folder: Path | None = None, **opening) -> Explor
     opening = {"device": "cpu", "image_size": None, "model_args": None, "seed": 0} | opening
     choices = [choice for model in models for choice in model_choices(model)]
     with mock.patch("crate_fast.eval.explore.pictures.free_photographs", dict):
-        return Explorer(ModelCache(choices, **opening), "", Pictures(folder))
+        return Explorer(choices, "", Pictures(folder), **opening)
 
 
 @contextmanager

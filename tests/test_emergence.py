@@ -25,7 +25,7 @@ from crate_fast.eval.emergence import runs as runs_module
 from crate_fast.eval.emergence.command import main
 from crate_fast.eval.emergence.data import PhotographData, prepare_photographs
 from crate_fast.eval.emergence.protocol import MODELS, SIZES, Protocol, Run, settings_table
-from crate_fast.eval.emergence.results import Results, at_accuracy, at_checkpoint, held_out_accuracy, validated
+from crate_fast.eval.emergence.results import Results, at_accuracy, at_checkpoint, held_out_accuracies
 from crate_fast.eval.emergence.runs import Folders, Job, Resources, train_and_score
 from crate_fast.train.data import build_splits
 from crate_fast.train.faults import Interruption, NonFiniteError
@@ -308,8 +308,7 @@ def learning(accuracies: list[float], scores: list[float]) -> dict:
 
 def test_scores_at_an_accuracy_are_interpolated_between_checkpoints_of_the_first_stage():
     result = learning([10.0, 20.0, 18.0, 30.0], [40.0, 60.0, 70.0, 80.0])
-    assert validated(result) == [0, 1, 2, 3, 4]
-    assert [held_out_accuracy(index)(result) for index in (0, 1, 4)] == pytest.approx([5.0, 10.0, 30.0])
+    assert held_out_accuracies(result) == pytest.approx({0: 5.0, 1: 10.0, 2: 20.0, 3: 18.0, 4: 30.0})
     found = [at_accuracy("AP, best head", accuracy)(result) for accuracy in (7.5, 15.0, 20.0, 24.0, 5.0, 31.0)]
     assert found[:4] == pytest.approx([20.0, 50.0, 60.0, 75.0])
     assert found[4:] == [None, None]

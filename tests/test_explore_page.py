@@ -45,8 +45,8 @@ def explorer():
     options = {"class_token": False, "global_pool": "avg", "num_classes": 0}
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, **options)
     loaded = LoadedModel("nocls", model.eval(), Normalize("half"), extractor_for(model), {"parameters": 1})
-    found.models.open.limit = 9
-    found.models.open.put(3, OpenModel(loaded, None, threading.Lock()))
+    found.models.limit = 9
+    found.models.put(3, OpenModel(loaded, None, threading.Lock()))
     return found
 
 

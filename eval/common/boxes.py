@@ -30,13 +30,8 @@ def covered(boxes: np.ndarray, rows: int, columns: int) -> np.ndarray:
 class BoxedImages(ImageFiles):
     """Images of a folder with boxes; an image without an annotation has no boxes.
 
-    Args:
-        boxes: A JSON file with file names relative to `root`, or a folder that is searched for XML files with the
-            names of the images. A name without its folders is enough if it is unique on both sides.
-        limit: Number of images, taken from the start; all when None. For `root` and `size` see `ImageFiles`.
-
-    Raises:
-        UserError: The annotations are missing, damaged, or name none of the images.
+    `boxes` is a JSON file with file names relative to `root`, or a folder that is searched for XML files with the
+    names of the images. A name without its folders is enough if it is unique on both sides.
     """
 
     has_instances = True
@@ -101,7 +96,7 @@ def _read_json(path: Path) -> dict[str, _Entry]:
 
 
 def _size(height: object, width: object) -> tuple[int, int] | None:
-    return (height, width) if is_size((height, width)) else None
+    return (height, width) if is_size([height, width]) else None
 
 
 def _read_folder(folder: Path) -> dict[str, _Entry]:

@@ -5,7 +5,6 @@ fixed here, so AP is reproducible. Another order would change AP but not AR, so 
 """
 
 import io
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -13,10 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from crate_fast.errors import UserError
 
@@ -27,16 +23,14 @@ def read_annotations(path: Path):
     """Open a file of COCO or LVIS instance annotations as pycocotools' index `COCO`.
 
     Some missing values are filled in: iscrowd (0), area and bbox (from the mask), file_name (the end of coco_url), a
-    category's name (its number), and an image's size (from its RLE masks). Annotations of unlisted images are left
-    out, as in pycocotools.
-
-    Raises:
-        UserError: Another field is missing or invalid; the message names file, annotation or image, and field.
+    category's name (its number), and an image's size (from its RLE masks). Another missing or invalid field is a
+    `UserError` that names it. Annotations of unlisted images are left out, as in pycocotools.
     """
     content = coco_content(path)
     if not content["images"]:
         raise UserError(f"{path} lists no images: 'images' is empty; name another file")
     images = checked_images(content["images"], path)
+    index = index_of(content["images"], [], [])
     for number, category in enumerate(content["categories"]):
         _must_be((int,), category, "id", f"{path}: categories[{number}]")
         category["name"] = str(category.get("name") or category["id"])
@@ -49,17 +43,13 @@ def read_annotations(path: Path):
         _must_be((int, str), annotation, "id", where)
         where = f"{path}: annotation {annotation['id']!r}"
         _must_be((int,), annotation, "category_id", where)
-        _complete(annotation, images[annotation["image_id"]], where)
+        _complete(annotation, index, where)
         annotations.append(annotation)
     return index_of(content["images"], annotations, content["categories"])
 
 
 def coco_content(path: Path) -> dict[str, list[dict]]:
-    """Read the lists "images", "annotations" and "categories" of a file in COCO format; the last may be missing.
-
-    Raises:
-        UserError: The file is not JSON, or does not hold these lists of objects.
-    """
+    """Read the lists "images", "annotations" and "categories" of a file in COCO format; the last may be missing."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -92,19 +82,6 @@ def require_objects(coco, image_ids: Sequence) -> None:
             f"none of the {len(image_ids)} images has an annotated object, so AP is undefined: use more images "
             "(--limit), or folder:PATH for detections without AP"
         )
-
-
-def _as_one_category(coco, image_ids: Sequence):
-    """Copy the annotations with category 1 only, and number images (in the given order) and annotations from 1.
-
-    pycocotools treats annotation id 0 as "no match", and reads annotations with a repeated id twice.
-    """
-    images, annotations = [], []
-    for number, image_id in enumerate(image_ids, start=1):
-        images.append(coco.imgs.get(image_id, {}) | {"id": number})
-        for annotation in coco.imgToAnns.get(image_id, ()):
-            annotations.append(annotation | {"id": len(annotations) + 1, "image_id": number, "category_id": 1})
-    return index_of(images, annotations, [{"id": 1, "name": "object"}])
 
 
 def _no_annotations(path: Path, reason: str) -> UserError:
@@ -147,7 +124,7 @@ def checked_images(entries: list[dict], path: Path) -> dict[int | str, dict]:
     return images
 
 
-def _complete(annotation: dict, image: dict, where: str) -> None:
+def _complete(annotation: dict, index, where: str) -> None:
     """Check an annotation and fill in its missing values; an image without a size gets that of an RLE mask."""
     from pycocotools import mask as rle
 
@@ -157,10 +134,10 @@ def _complete(annotation: dict, image: dict, where: str) -> None:
     _must(area is None or (finite([area]) and area >= 0), annotation, "area", "a number of at least 0", where)
     is_box = not box or (isinstance(box, list) and len(box) == 4 and finite(box) and min(box[2:]) >= 0)
     _must(is_box, annotation, "bbox", "[x, y, width, height]", where)
-    _check_segmentation(annotation, image, where)
+    _check_segmentation(annotation, index.imgs[annotation["image_id"]], where)
     if area is not None and box and 0 not in box[2:]:  # COCO's train2017 has a box of height 0
         return
-    segmentation = _encoded(annotation["segmentation"], image["height"], image["width"])
+    segmentation = index.annToRLE(annotation)
     annotation["area"] = float(rle.area(segmentation)) if area is None else area
     if not box or (0 in box[2:] and rle.area(segmentation)):
         annotation["bbox"] = rle.toBbox(segmentation).tolist()
@@ -171,22 +148,31 @@ def finite(values: list) -> bool:
     return set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
 
 
-def is_size(size: Sequence) -> bool:
+def is_size(size: object) -> bool:
     """Return True for two integers above 0."""
-    return len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+    return isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
 
 
 def _check_segmentation(annotation: dict, image: dict, where: str) -> None:
     """Check a mask, and remove polygons of fewer than three points, which have no area."""
     found, size = annotation.get("segmentation"), [image.get("height"), image.get("width")]
     if isinstance(found, dict):
-        _must(_is_rle(found), annotation, "segmentation", "RLE with runs that fill its size", where)
+        counts = found.get("counts")
+        runs = counts if isinstance(counts, list) else _decoded(counts)
+        valid = is_size(found.get("size")) and all(type(run) is int and run >= 0 for run in runs)
+        # pycocotools does not check the sum. If it is too small, masks end with uninitialised memory.
+        filled = valid and sum(runs) == math.prod(found["size"])
+        _must(filled, annotation, "segmentation", "RLE with runs that fill its size", where)
         if not is_size(size):
             image |= dict(zip(("height", "width"), found["size"], strict=True))
         else:
             _must(size == found["size"], annotation, "segmentation", f"RLE of the image's size {size}", where)
         return
-    polygons = [polygon for polygon in found if len(polygon) >= 6] if _are_polygons(found) else []
+    valid = isinstance(found, list) and all(
+        isinstance(p, list) and len(p) % 2 == 0 and finite(p) and max(map(abs, p), default=0) <= _MAX_COORDINATE
+        for p in found
+    )
+    polygons = [polygon for polygon in found if len(polygon) >= 6] if valid else []
     rule = f"RLE, or polygons x, y, x, y, x, y, … with coordinates up to {_MAX_COORDINATE:,}"
     _must(bool(polygons), annotation, "segmentation", rule, where)
     if not is_size(size):
@@ -197,32 +183,13 @@ def _check_segmentation(annotation: dict, image: dict, where: str) -> None:
     annotation["segmentation"] = polygons
 
 
-def _are_polygons(found: object) -> bool:
-    return isinstance(found, list) and all(
-        isinstance(p, list) and len(p) % 2 == 0 and finite(p) and max(map(abs, p), default=0) <= _MAX_COORDINATE
-        for p in found
-    )
-
-
-def _is_rle(found: dict) -> bool:
-    """Return True if the runs fill the size.
-
-    pycocotools does not check this. If they are too short, its masks end with uninitialised memory.
-    """
-    size, counts = found.get("size"), found.get("counts")
-    runs = counts if isinstance(counts, list) else _decoded(counts)
-    if not isinstance(size, list) or not is_size(size) or runs is None:
-        return False
-    return all(type(run) is int and run >= 0 for run in runs) and sum(runs) == math.prod(size)
-
-
-def _decoded(counts: object) -> list[int] | None:
-    """Return the runs of compressed RLE, or None if it is damaged."""
+def _decoded(counts: object) -> list[int]:
+    """Return the runs of compressed RLE; none if it is damaged."""
     # five bits per character; the fourth run and later ones are stored as the difference to the run two before
     runs, value, shift = [], 0, 0
     for byte in counts.encode() if isinstance(counts, str) else ():
         if not 48 <= byte < 48 + 64:
-            return None
+            return []
         value |= (byte - 48 & 31) << shift
         shift += 5
         if byte - 48 & 32:  # more of this run follows
@@ -231,16 +198,7 @@ def _decoded(counts: object) -> list[int] | None:
             value -= 1 << shift
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
         value = shift = 0
-    return None if shift else runs
-
-
-def _encoded(segmentation: list | dict, height: int, width: int) -> dict:
-    """Return a segmentation as compressed RLE."""
-    from pycocotools import mask as rle
-
-    if isinstance(segmentation, list):
-        return rle.merge(rle.frPyObjects(segmentation, height, width))
-    return rle.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
+    return [] if shift else runs
 
 
 def enlarge(masks: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
@@ -255,11 +213,7 @@ def enlarge(masks: np.ndarray, size: tuple[int, int], resample: Image.Resampling
 
 
 def detections_of(masks: np.ndarray, image_id: int | str) -> list[dict]:
-    """Return COCO results of one image: one entry for each non-empty boolean mask of [n, H, W].
-
-    An entry has "image_id", "category_id" 1, "segmentation" (compressed RLE), a tight "bbox" [x, y, width, height] in
-    pixels, and "score" 1.
-    """
+    """Return COCO results of one image, with a tight box and score 1, for the non-empty masks of [n, H, W]."""
     from pycocotools import mask as rle
 
     entries = []
@@ -273,26 +227,24 @@ def detections_of(masks: np.ndarray, image_id: int | str) -> list[dict]:
 
 
 def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Score boxes and masks by class-agnostic AP and AR.
+    """Score the boxes ("bbox") and masks ("segm") of COCO results by class-agnostic AP and AR, 12 numbers each.
 
-    Args:
-        coco: Ground truth, pycocotools' `COCO` as completed by `read_annotations`; any ids and categories.
-        detections: COCO results; their categories are ignored.
-        image_ids: Ids of the evaluated images; the objects of images without detections count as missed.
-
-    Returns:
-        "bbox" and "segm", each with AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm and ARl from 0 to 1, or
-        −1 if there is no object of that size, as in pycocotools.
-
-    Raises:
-        UserError: None of the images has an annotated object.
+    `coco` is an index as completed by `read_annotations`, with any ids and categories. The objects of images without
+    detections count as missed. Scores are from 0 to 1, or −1 if there is no object of that size.
     """
     from pycocotools.cocoeval import COCOeval
 
     image_ids = sorted(set(image_ids))
     require_objects(coco, image_ids)
-    truth = _as_one_category(coco, image_ids)
+    # Images and annotations are numbered from 1. To pycocotools, annotation id 0 means "no match", and annotations of
+    # a repeated id are read twice.
     numbers = {image_id: number for number, image_id in enumerate(image_ids, start=1)}
+    images, annotations = [], []
+    for image_id, number in numbers.items():
+        images.append(coco.imgs.get(image_id, {}) | {"id": number})
+        for annotation in coco.imgToAnns.get(image_id, ()):
+            annotations.append(annotation | {"id": len(annotations) + 1, "image_id": number, "category_id": 1})
+    truth = index_of(images, annotations, [{"id": 1, "name": "object"}])
     ordered = sorted((d for d in detections if d["image_id"] in numbers), key=lambda d: numbers[d["image_id"]])
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
     scores = {}
@@ -302,30 +254,13 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
                 {"image_id": numbers[d["image_id"]], "category_id": 1, "score": d["score"], field: d[field]}
                 for d in ordered
             ]
-            found = truth.loadRes(entries) if entries else index_of(truth.dataset["images"], [], [])
+            found = truth.loadRes(entries) if entries else index_of(images, [], [])
             evaluation = COCOeval(truth, found, kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
             scores[kind] = dict(zip(names, map(float, evaluation.stats), strict=True))
     return scores
-
-
-_COLOURS = ((230, 60, 50), (60, 130, 230), (60, 180, 80), (240, 180, 40), (160, 90, 210), (40, 190, 200))
-
-
-def paint_detections(picture: Tensor, detections: Sequence[dict]) -> Tensor:
-    """Draw detections over a copy of an image, uint8 [3, H, W], each in its own colour."""
-    from pycocotools import mask as rle
-
-    line = max(1, min(picture.shape[1:]) // 150)
-    for entry, colour in zip(detections, itertools.cycle(_COLOURS), strict=False):
-        mask = torch.from_numpy(rle.decode(entry["segmentation"])).bool()
-        x, y, width, height = entry["bbox"]
-        corners = torch.tensor([[x, y, x + width - 1, y + height - 1]])
-        picture = draw_segmentation_masks(picture, mask, alpha=0.55, colors=colour)
-        picture = draw_bounding_boxes(picture, corners, colors=colour, width=line)
-    return picture
 
 
 def require_crf():
@@ -340,17 +275,11 @@ def require_crf():
 
 
 def refine(mask: np.ndarray, image: np.ndarray) -> np.ndarray | None:
-    """Fit a mask to the image's edges with a CRF and fill its holes (paper, B.4; not used for its Table 1).
+    """Fit a boolean mask [H, W] to the edges of an image [H, W, 3] with a CRF, and fill its holes (paper, B.4).
 
     Krähenbühl and Koltun's mean-field inference with CutLER's constants: 10 iterations; Gaussian kernel of 3 pixels,
     weight 7; bilateral kernel of 50 pixels and 5 grey levels, weight 10; probability e/(1 + e) of the mask's label.
-
-    Args:
-        mask: Boolean [H, W].
-        image: uint8 [H, W, 3].
-
-    Returns:
-        Boolean [H, W]; None if the IoU of the result with the mask is below ½.
+    Return None if the IoU of the result with the mask is below ½. The paper's Table 1 does not use it.
     """
     from scipy.ndimage import binary_fill_holes
 

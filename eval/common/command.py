@@ -19,11 +19,7 @@ from crate_fast.train.distributed import choose_device
 
 
 def open_models(options: argparse.Namespace) -> list[LoadedModel]:
-    """Open every model that the command names.
-
-    Raises:
-        UserError: Two have the same label, or one cannot be opened; see `models.open_model`.
-    """
+    """Open every model that the command names."""
     labels_of(options.models)  # raises for equal labels before a model is opened
     device = choose_device(options.device)
     options.device = str(device)
@@ -39,40 +35,27 @@ def open_data(options: argparse.Namespace, loaded: LoadedModel) -> Dataset:
     return open_images(options.data, loaded.extract.image_size[0], options.limit)
 
 
-def attention_layers(options: argparse.Namespace, models: Sequence[LoadedModel]) -> dict[str, tuple[list[int], int]]:
-    """Return label → (layers of `--layers`, all by default; layer in figures); raise for a model without CLS."""
-    found = {}
-    for loaded in models:
-        loaded.require_cls()
-        wanted, default = options.layers or range(loaded.extract.depth), loaded.extract.default_layer
-        layers = [loaded.extract.resolve_layer(layer) for layer in wanted]
-        found[loaded.label] = layers, default if default in layers else layers[0]
-    return found
+def attention_layers(options: argparse.Namespace, loaded: LoadedModel) -> tuple[list[int], int]:
+    """Return the layers of `--layers`, all by default, and the layer in figures; raise for a model without CLS."""
+    loaded.require_cls()
+    wanted, default = options.layers or range(loaded.extract.depth), loaded.extract.default_layer
+    layers = [loaded.extract.resolve_layer(layer) for layer in wanted]
+    return layers, default if default in layers else layers[0]
 
 
 class Evaluation:
     """Output of one command: written files, unreadable images, and models that could not be scored.
 
-    Construct it before anything is computed, so that an unusable output folder is found early.
-
-    Args:
-        folder: Name below runs/eval without `--output`; that of the protocol when empty.
-
-    Attributes:
-        folder: Existing folder of the results: `--output`, or named after the protocol and the models.
-        problems: One line for each unreadable image; filled by `images.batches`.
-        written: Written files except results.json.
-
-    Raises:
-        UserError: The folder cannot be created or is not writable.
+    Construct it before anything is computed, so that an unusable output folder is found early. Without `--output` the
+    folder is runs/eval/`folder`, by default that of the protocol, and named after the models.
     """
 
     def __init__(self, protocol: str, options: argparse.Namespace, models: Sequence[LoadedModel], folder: str = ""):
         self.protocol, self.options, self.models = protocol, options, models
         labels = "+".join(map(files.file_name, labels_of(options.models)))
         self.folder = files.make_folder(options.output or Path("runs/eval") / (folder or protocol) / labels[:120])
-        self.problems: list[str] = []
-        self.written: list[Path] = []
+        self.problems: list[str] = []  # one line for each unreadable image, from `images.batches`
+        self.written: list[Path] = []  # without results.json
         self._failures: list[str] = []
 
     def model_folder(self, loaded: LoadedModel) -> Path:
@@ -81,8 +64,8 @@ class Evaluation:
 
     def reading(self, title: str | None) -> dict:
         """Return arguments of `images.batches` from the command's options; `title` is that of the progress bar."""
-        options = {"batch_size": self.options.batch_size, "workers": self.options.workers}
-        return options | {"progress": title, "problems": self.problems}
+        batch_size, workers = self.options.batch_size, self.options.workers
+        return {"batch_size": batch_size, "workers": workers, "progress": title, "problems": self.problems}
 
     def score(self, compute: Callable[..., Any], arguments: dict[str, tuple] | None = None) -> dict[str, Any]:
         """Return label → result of `compute`. A `UserError` is raised only if all fail; `finish` reports others.
@@ -119,13 +102,7 @@ class Evaluation:
             print(texts["md"])
 
     def finish(self, results: dict, config: dict | None = None, notes: Sequence[str] = ()) -> None:
-        """Write results.json, and print `notes` and the written files.
-
-        `config` holds settings in addition to those of the command line.
-
-        Raises:
-            UserError: A model could not be scored.
-        """
+        """Write results.json, with the command line's settings and `config`; print `notes` and the written files."""
         settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.options).items()}
         settings |= {"models": [loaded.facts for loaded in self.models]} | (config or {})
         content = {
@@ -146,14 +123,9 @@ class Evaluation:
 def read_images(
     evaluation: Evaluation, loaded: LoadedModel, kept: list[Sample], containing: str | None = None
 ) -> Iterator[Batch]:
-    """Read the images of `--data` at a model's size, batch by batch, with a progress bar.
+    """Read the images of `--data` at a model's size, batch by batch, and keep the samples in `kept` for figures.
 
-    Args:
-        kept: Receives the samples, for the figures.
-        containing: Read only images with a class of this name; `--limit` counts these images.
-
-    Raises:
-        UserError: No class has that name, or no image contains it.
+    `containing` is the name of a class: only images with it are read, and `--limit` counts these.
     """
     limit, wanted = evaluation.options.limit, None
     images = open_images(evaluation.options.data, loaded.extract.image_size[0], None if containing else limit)

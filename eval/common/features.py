@@ -22,32 +22,21 @@ from crate_fast.whitebox import attention_layer, cls_attention, trace
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """One layer's queries and keys.
+    """One layer's queries and keys."""
 
-    Attributes:
-        queries, keys: [B, N, H, D], prefix tokens first; the same tensor if they are one projection (MSSA).
-        scale: Factor s of the logits s·⟨query, key⟩.
-        prefix: Number of tokens before the patches (CLS and registers).
-        has_cls: True if the first prefix token is a CLS token.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    scale: float
-    prefix: int = 1
-    has_cls: bool = True
+    queries: Tensor  # [B, N, H, D], prefix tokens first
+    keys: Tensor  # the same shape; the same tensor if they are one projection (MSSA)
+    scale: float  # factor s of the logits s·⟨query, key⟩
+    prefix: int = 1  # number of tokens before the patches (CLS and registers)
+    has_cls: bool = True  # the first prefix token is a CLS token
 
 
+@dataclass(frozen=True)
 class Features:
-    """Queries and keys of one batch of images.
+    """Queries and keys of one batch of images."""
 
-    Args:
-        grid: Rows and columns of patches.
-        layers: Layer index → its tokens.
-    """
-
-    def __init__(self, grid: tuple[int, int], layers: dict[int, LayerTokens]):
-        self.grid, self.layers = grid, layers
+    grid: tuple[int, int]  # rows and columns of patches
+    layers: dict[int, LayerTokens]  # layer index → its tokens
 
     def _tokens(self, layer: int) -> LayerTokens:
         if layer not in self.layers:
@@ -60,22 +49,14 @@ class Features:
         return tokens.keys[:, tokens.prefix :].flatten(2)
 
     def cls_attention(self, layer: int) -> Tensor:
-        """Return the attention of CLS to the patches, softmax over patches only: [B, H, P] (paper, Eq. 10 and 11).
-
-        Raises:
-            UserError: The model has no CLS token.
-        """
+        """Return the attention of CLS to the patches, softmax over patches only: [B, H, P] (paper, Eq. 10 and 11)."""
         tokens = self._tokens(layer)
         if not tokens.has_cls:
             raise UserError("this model has no CLS token, so no CLS attention: choose one with class_token=True")
         return self._attention(tokens, 0)
 
     def patch_attention(self, layer: int, patch: int) -> Tensor:
-        """Return the attention of one patch (its row-major index) to all patches: [B, H, P].
-
-        Raises:
-            UserError: The index is out of range.
-        """
+        """Return the attention of one patch (its row-major index) to all patches: [B, H, P]."""
         tokens, count = self._tokens(layer), self.grid[0] * self.grid[1]
         if not 0 <= patch < count:
             raise UserError(f"patch {patch}: choose from patches 0 to {count - 1}, row by row")
@@ -90,13 +71,7 @@ class Features:
 class FeatureExtractor:
     """Extractor of `Features` from a CRATE or one of its ablations; see `extractor_for`.
 
-    Attributes:
-        model: The model, in evaluation mode.
-        depth, heads: Numbers of layers and heads.
-        default_layer: The layer used in the paper (§3): the last but one of CRATE, the last of a ViT.
-        patch_size: Height and width of a patch, in pixels.
-        channels: Channels of the images.
-        has_cls: True if there is a CLS token.
+    `default_layer` is the layer used in the paper (§3): the last but one of CRATE, the last of a ViT.
     """
 
     def __init__(self, model: CRATE):
@@ -115,11 +90,7 @@ class FeatureExtractor:
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
 
     def set_image_size(self, size: int) -> None:
-        """Set the model's input to squares of `size` pixels; position embeddings are interpolated.
-
-        Raises:
-            UserError: `size` is not a multiple of the patch size.
-        """
+        """Set the model's input to squares of `size` pixels; position embeddings are interpolated."""
         if size <= 0 or any(size % side for side in self.patch_size):
             side = max(self.patch_size)
             near = max(side, round(size / side) * side)
@@ -131,11 +102,7 @@ class FeatureExtractor:
             self.model.set_input_size((size, size))
 
     def resolve_layer(self, layer: int | None) -> int:
-        """Return a layer index from 0: negative values count from the end, and None is the default layer.
-
-        Raises:
-            UserError: There is no such layer.
-        """
+        """Return a layer index from 0: negative values count from the end, and None is the default layer."""
         if layer is None:
             return self.default_layer
         if not -self.depth <= layer < self.depth:
@@ -185,11 +152,7 @@ class _ViTExtractor(FeatureExtractor):
 def extractor_for(model: nn.Module) -> FeatureExtractor:
     """Return the extractor that fits a model, and put the model in evaluation mode.
 
-    Args:
-        model: A `crate_fast.CRATE` (also an ablation or a CRATE-MAE's encoder) or a timm `VisionTransformer`.
-
-    Raises:
-        UserError: The model has another type.
+    It is a `crate_fast.CRATE` (also an ablation or a CRATE-MAE's encoder) or a timm `VisionTransformer`.
 
     >>> import timm
     >>> extract = extractor_for(timm.create_model("crate_tiny_patch16_224", num_classes=0, depth=3))

@@ -33,19 +33,12 @@ _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#
 
 @dataclass(frozen=True)
 class Picture:
-    """One cell of a grid.
+    """One cell of a grid."""
 
-    Attributes:
-        pixels: [H, W, 3] (uint8, or floats from 0 to 1) or a map [H, W].
-        colours: Name of matplotlib's colour map.
-        limits: Values at both ends of the colour scale; those of the map when None.
-        over: An image [H, W, 3] under the map, which is then half transparent.
-    """
-
-    pixels: np.ndarray
-    colours: str = "viridis"
-    limits: tuple[float, float] | None = None
-    over: np.ndarray | None = None
+    pixels: np.ndarray  # [H, W, 3] (uint8, or floats from 0 to 1) or a map [H, W]
+    colours: str = "viridis"  # name of matplotlib's colour map
+    limits: tuple[float, float] | None = None  # values at both ends of the colour scale; those of the map when None
+    over: np.ndarray | None = None  # an image [H, W, 3] under the map, which is then half transparent
 
 
 def image_grid(
@@ -56,14 +49,9 @@ def image_grid(
     column_titles: Sequence[str] | None = None,
     title: str | None = None,
 ) -> None:
-    """Write a grid of pictures.
+    """Write a grid of pictures to `paths`, in the formats of their suffixes (.png, .pdf).
 
-    Args:
-        rows: Pictures row by row, at least one; None leaves a cell empty. Rows may have different lengths.
-        paths: Files to write; the suffix (.png, .pdf) decides the format.
-        row_titles: Titles to the left of the rows.
-        column_titles: Titles above the first row.
-        title: Title of the figure.
+    `rows` is not empty; rows may have different lengths, and None leaves a cell empty.
     """
     columns = max(map(len, rows))
     with plt.rc_context(_STYLE | {"axes.grid": False, "text.parse_math": False}):  # file names may contain $_^
@@ -72,8 +60,18 @@ def image_grid(
         axis = figure.add_axes((0, 0, 1, 1))  # one for all cells: many axes take seconds to draw
         for row, pictures in enumerate(rows):
             for column, picture in enumerate(pictures):
-                if picture is not None:
-                    _draw(axis, picture, column, row)
+                if picture is None:
+                    continue
+                # in the middle of a cell of side 1, with a margin
+                height, width = (picture.pixels if picture.over is None else picture.over).shape[:2]
+                half = [(0.5 - _MARGIN) * side / max(height, width) for side in (width, height)]
+                extent = (column + 0.5 - half[0], column + 0.5 + half[0], row + 0.5 + half[1], row + 0.5 - half[1])
+                how = {"interpolation": "nearest", "extent": extent}
+                if picture.over is not None:
+                    axis.imshow(picture.over, **how)
+                    how["alpha"] = 0.55
+                low, high = picture.limits or (None, None)
+                axis.imshow(picture.pixels, cmap=picture.colours, vmin=low, vmax=high, **how)
         axis.set(xlim=(0, columns), ylim=(len(rows), 0))
         axis.spines[:].set_visible(False)
         axis.set_xticks([column + 0.5 for column in range(columns)], column_titles or [""] * columns)
@@ -90,39 +88,16 @@ def image_grid(
         save_figure(figure, paths)
 
 
-def _draw(axis, picture: Picture, column: int, row: int) -> None:
-    """Draw a picture in the middle of a cell of side 1, with a margin."""
-    height, width = (picture.pixels if picture.over is None else picture.over).shape[:2]
-    half = [(0.5 - _MARGIN) * side / max(height, width) for side in (width, height)]
-    extent = (column + 0.5 - half[0], column + 0.5 + half[0], row + 0.5 + half[1], row + 0.5 - half[1])
-    how = {"interpolation": "nearest", "extent": extent}
-    if picture.over is not None:
-        axis.imshow(picture.over, **how)
-        how["alpha"] = 0.55
-    if picture.pixels.ndim == 2:
-        low, high = picture.limits or (None, None)
-        how |= {"cmap": picture.colours, "vmin": low, "vmax": high}
-    axis.imshow(picture.pixels, **how)
-
-
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart.
+    """One line of a chart."""
 
-    Attributes:
-        label: Text in the legend; not shown if it begins with _.
-        x, y: Coordinates of the points.
-        spread: Half the height of a band around the line, or None.
-        dashed: Draw a dashed line, for baselines.
-        like: Label of the curve with the same colour; None for a colour of its own.
-    """
-
-    label: str
-    x: Sequence[float]
+    label: str  # text in the legend; not shown if it begins with _
+    x: Sequence[float]  # coordinates of the points
     y: Sequence[float]
-    spread: Sequence[float] | None = None
-    dashed: bool = False
-    like: str | None = None
+    spread: Sequence[float] | None = None  # half the height of a band around the line
+    dashed: bool = False  # for baselines
+    like: str | None = None  # label of the curve with the same colour; None for a colour of its own
 
 
 def curve_figure(
@@ -133,15 +108,11 @@ def curve_figure(
     columns: int | None = None,
     labels: Sequence[str] = (),
 ) -> None:
-    """Write charts side by side. A label has the same colour in all charts; charts with common labels share a legend.
+    """Write charts, label of the y-axis → curves, to `paths`, in the formats of their suffixes (.png, .pdf).
 
-    Args:
-        panels: Label of the y-axis → curves.
-        xlabel: Label of every x-axis.
-        paths: Files to write; the suffix (.png, .pdf) decides the format.
-        from_zero: Start every y-axis at 0, so that differences of scores do not look larger than they are.
-        columns: Charts per row; all in one row when None.
-        labels: Labels that get the first colours, in this order, so that several figures use the same.
+    There are `columns` charts per row; all in one row by default. A label has the same colour in all charts, and in
+    several figures with the same `labels`. Charts with common labels share a legend. With `from_zero` differences of
+    scores do not look larger than they are.
     """
     drawn = [curve for curves in panels.values() for curve in curves]
     distinct = dict.fromkeys([*labels, *(curve.like or curve.label for curve in drawn)])
@@ -156,7 +127,13 @@ def curve_figure(
             axis.set_visible(False)
         for axis, (name, curves) in zip(axes.flat, panels.items(), strict=False):
             for curve in curves:
-                _draw_curve(axis, curve, colours[curve.like or curve.label])
+                x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
+                colour = colours[curve.like or curve.label]
+                marker = {"ls": "--"} if curve.dashed else {"marker": "o" if len(x) <= 32 else "", "ms": 3}
+                axis.plot(x, y, color=colour, lw=1.4, label=curve.label.replace("$", r"\$"), **marker)
+                if curve.spread is not None:
+                    band = np.asarray(curve.spread, float)
+                    axis.fill_between(x, y - band, y + band, color=colour, alpha=0.15, lw=0)
             axis.set(xlabel=xlabel, ylabel=name)
             if from_zero:
                 axis.set_ylim(bottom=0)
@@ -170,15 +147,6 @@ def curve_figure(
             place = {"loc": "outside lower center", "ncols": min(5, len(named)), "fontsize": 7}
             figure.legend(named.values(), named.keys(), **place)
         save_figure(figure, paths)
-
-
-def _draw_curve(axis, curve: Curve, colour: str) -> None:
-    x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
-    marker = {"ls": "--"} if curve.dashed else {"marker": "o" if len(x) <= 32 else "", "ms": 3}
-    axis.plot(x, y, color=colour, lw=1.4, label=curve.label.replace("$", r"\$"), **marker)
-    if curve.spread is not None:
-        band = np.asarray(curve.spread, float)
-        axis.fill_between(x, y - band, y + band, color=colour, alpha=0.15, lw=0)
 
 
 def save_figure(figure, paths: Sequence[Path]) -> None:

@@ -57,18 +57,12 @@ _UNREADABLE = (*UNREADABLE, KeyError, TypeError, IndexError, AssertionError)  # 
 
 @dataclass(frozen=True)
 class Target:
-    """Annotations of one image.
+    """Annotations of one image."""
 
-    Attributes:
-        classes: Numbers of the M classes in the image, without the background.
-        masks: Masks of these classes, boolean [M, H, W], at the image's original resolution.
-        valid: Pixels that are not void, boolean [H, W].
-        boxes: Boxes of objects [K, 4]: left, top, right, bottom in pixels, the last two exclusive; or None.
-    """
-
-    classes: list[int]
-    masks: Tensor
-    valid: Tensor
+    classes: list[int]  # numbers of the M classes in the image, without the background
+    masks: Tensor  # masks of these classes, boolean [M, H, W], at the image's original resolution
+    valid: Tensor  # pixels that are not void, boolean [H, W]
+    # boxes of objects [K, 4]: left, top, right, bottom in pixels, the last two exclusive
     boxes: Tensor | None = None
 
     def on_grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -85,23 +79,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a data set.
+    """One image of a data set."""
 
-    Attributes:
-        key: Name or number in the data set.
-        image: uint8 [3, S, S], squashed to a square; zeros if unreadable.
-        size: Height and width of the original image, in pixels.
-        target: Annotations, or None.
-        problem: Reason why the image is unreadable, or None.
-        label: Class number of the image; -1 if unknown.
-    """
-
-    key: str | int
-    image: Tensor
-    size: tuple[int, int]
+    key: str | int  # name or number in the data set
+    image: Tensor  # uint8 [3, S, S], squashed to a square; zeros if unreadable
+    size: tuple[int, int]  # height and width of the original image, in pixels
     target: Target | None = None
-    problem: str | None = None
-    label: int = -1
+    problem: str | None = None  # reason why the image is unreadable
+    label: int = -1  # number of the class; -1 if unknown
 
 
 @dataclass(frozen=True)
@@ -124,13 +109,7 @@ def box_corners(masks: Tensor) -> Tensor:
 
 
 class ImageFiles(Dataset):
-    """Images of a folder, sorted by path; base class of the other data sets.
-
-    Images are squashed to squares of `size` pixels.
-
-    Raises:
-        UserError: The folder does not exist or has no images.
-    """
+    """Images of a folder, sorted by path, squashed to squares of `size` pixels; base class of the other data sets."""
 
     labelled, has_instances = False, False
 
@@ -195,9 +174,7 @@ class VocImages(ImageFiles):
         folders = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
         found = next((folder for folder in folders if (folder / "SegmentationClass").is_dir()), None)
         if found is None:
-            raise UserError(
-                f"{root} has no SegmentationClass folder: pass --data voc:PATH with the folder VOC2012 of VOCdevkit"
-            )
+            raise UserError(f"{root} has no SegmentationClass folder: pass voc:PATH with VOCdevkit's folder VOC2012")
         self.root, self.size = found, size
         names = found / "ImageSets" / "Segmentation" / "val.txt"
         if not names.is_file():
@@ -228,14 +205,7 @@ class VocImages(ImageFiles):
 
 
 class CocoImages(ImageFiles):
-    """COCO images, sorted by id. A category's mask is the union of its instances; crowds are void.
-
-    Attributes:
-        coco: pycocotools' index of the annotations, from `coco.read_annotations`.
-
-    Raises:
-        UserError: The folder or the annotation file is missing, or an annotation is incomplete.
-    """
+    """COCO images, sorted by id. A category's mask is the union of its instances; crowds are void."""
 
     labelled, has_instances = True, True
 
@@ -254,10 +224,9 @@ class CocoImages(ImageFiles):
         path = self.root / split / image["file_name"]
         name = image["file_name"].replace("\\", "/")  # some tools on Windows write backslashes
         elsewhere = [self.root / split / name, self.root / name]
+        # some of LVIS's validation images are in train2017
         if folder := str(image.get("coco_url", "")).split("/")[-2:-1]:
-            elsewhere.append(
-                self.root.joinpath(*folder, path.name)
-            )  # some of LVIS's validation images are in train2017
+            elsewhere.append(self.root.joinpath(*folder, path.name))
         return next((place for place in [path, *elsewhere] if place.exists()), path)
 
     def annotated_size(self, key: str | int) -> tuple[int, int] | None:
@@ -297,10 +266,7 @@ class SceneImages(ImageFiles):
 
     @functools.cached_property
     def coco(self):
-        """Return pycocotools' index of the objects, one per image; built on first use.
-
-        Distractors are not annotated, so detecting them lowers AP.
-        """
+        """Return pycocotools' index of the objects. Distractors are not annotated, so detecting them lowers AP."""
         from pycocotools import mask as rle
 
         annotations = []
@@ -325,10 +291,7 @@ class SceneImages(ImageFiles):
 def open_images(specification: str, size: int, limit: int | None = None) -> Dataset:
     """Open the images named by `--data` (see the module's docstring) as a data set of `Sample`s.
 
-    Args:
-        specification: `KIND:PATH`, shape_scenes or photographs.
-        size: Side of the squashed images, in pixels.
-        limit: Number of images, taken from the start; all when None.
+    They are squashed to squares of `size` pixels; the first `limit` images are taken, or all.
 
     Raises:
         UserError: Images or annotations are missing, the specification is invalid, or the limit is not positive.
@@ -340,17 +303,20 @@ def open_images(specification: str, size: int, limit: int | None = None) -> Data
         if rest and not rest.isdigit():
             raise UserError(f"--data {specification}: write shape_scenes or shape_scenes:SEED")
         return SceneImages(size, limit or 500, int(rest or 0))
-    kinds = {"folder": ImageFiles, "voc": VocImages, "coco": CocoImages}
     if specification == "photographs":
         images = FreePhotographs(size)
-    elif kind not in kinds or not rest:
+    elif kind == "folder" and rest:
+        images = ImageFiles(Path(rest), size)
+    elif kind == "voc" and rest:
+        images = VocImages(Path(rest), size)
+    elif kind == "coco" and rest:
+        path, _, split = rest.rpartition(":")
+        if not path or Path(rest).exists():
+            path, split = rest, ""
+        images = CocoImages(Path(path), size, split or "val2017")
+    else:
         known = "folder:PATH, voc:PATH, coco:PATH[:SPLIT], shape_scenes[:SEED] or photographs"
         raise UserError(f"--data {specification!r}: write {known}")
-    else:
-        path, _, split = rest.rpartition(":")
-        if kind != "coco" or not path or Path(rest).exists():
-            path, split = rest, ""
-        images = kinds[kind](Path(path), size, **({"split": split} if split else {}))
     images.items = images.items[:limit]
     return images
 
@@ -370,16 +336,10 @@ def batches(
     progress: str | None = None,
     allow_none: bool = False,
 ) -> Iterator[Batch]:
-    """Read samples in order, `batch_size` at a time, and yield the readable ones.
+    """Read samples in order by `workers` processes (0: by this one), and yield the readable ones in batches.
 
-    Args:
-        problems: Receives one line for each unreadable image; the line is also printed to stderr.
-        workers: Number of reading processes; 0 reads in this process.
-        progress: Title of the progress bar; no bar when None.
-        allow_none: Accept data without a readable image, such as the part of one rank.
-
-    Raises:
-        UserError: No image can be read.
+    `problems` receives one line for each unreadable image; the line is also printed to stderr. `progress` is the
+    title of a progress bar. No readable image at all is a `UserError` unless `allow_none`, as for the part of a rank.
     """
     problems = [] if problems is None else problems
     loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)

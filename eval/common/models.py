@@ -36,31 +36,21 @@ _SHIPPED = "shipped:"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model under evaluation.
+    """A model under evaluation."""
 
-    Attributes:
-        label: Name in tables and figures.
-        model: The module, in evaluation mode, on its device.
-        normalize: Function from uint8 images [B, 3, H, W] to the model's input.
-        extract: Feature extractor.
-        facts: Specification, number of parameters, image size, hash of the weights.
-        config: Config of the model's run, or None.
-        autoencoder: The CRATE-MAE whose encoder `model` is, or None.
-    """
-
-    label: str
-    model: nn.Module
-    normalize: Normalize
+    label: str  # name in tables and figures
+    model: nn.Module  # in evaluation mode, on its device
+    normalize: Normalize  # from uint8 images [B, 3, H, W] to the model's input
     extract: FeatureExtractor = field(repr=False)
-    facts: dict
-    config: TrainConfig | None = None
-    autoencoder: CRATEMAE | None = None
+    facts: dict  # specification, number of parameters, image size, hash of the weights
+    config: TrainConfig | None = None  # of the model's run
+    autoencoder: CRATEMAE | None = None  # the CRATE-MAE whose encoder `model` is
 
     def require_cls(self) -> None:
         """Raise a `UserError` if the model has no CLS token."""
         if not self.extract.has_cls:
             raise UserError(
-                f"{self.label} has no CLS token, so no CLS attention: leave it out, or use maskcut or pca"
+                f"{self.label} has no CLS token, thus no CLS attention: use maskcut or pca, or leave it out"
             )
 
     @property
@@ -97,11 +87,7 @@ def split_label(specification: str) -> tuple[str, str]:
 
 
 def labels_of(specifications: Sequence[str]) -> list[str]:
-    """Return the names of models in tables and figures.
-
-    Raises:
-        UserError: Two models have the same name.
-    """
+    """Return the names of models in tables and figures; two equal names are a `UserError`."""
     labels = [split_label(specification)[0] for specification in specifications]
     for label in labels:
         if labels.count(label) > 1:
@@ -128,21 +114,17 @@ def _seeded(build, seed: int) -> nn.Module:
         return build()
 
 
-def _classes_of(folder: Path) -> int:
-    """Return the number of classes, from the first readable checkpoint of a run."""
-    problems = []
-    for step in checkpoint_steps(folder):
-        try:
-            return num_classes_of(run_weights(folder, step)[0])
-        except CheckpointError as error:
-            problems.append(error)
-    raise problems[0]
-
-
 def _from_run(folder: Path, version: str, seed: int) -> tuple[nn.Module, TrainConfig]:
     if version == "untrained":
-        config = run_config(folder)
-        n_classes = _classes_of(folder)
+        config, problems = run_config(folder), []
+        for step in checkpoint_steps(folder):  # the number of classes is that of the first readable checkpoint
+            try:
+                n_classes = num_classes_of(run_weights(folder, step)[0])
+                break
+            except CheckpointError as error:
+                problems.append(error)
+        else:
+            raise problems[0]
         return _seeded(lambda: build_model(config, n_classes), seed), config
     if version and not version.isdigit():
         raise UserError(
@@ -212,7 +194,7 @@ def open_model(
     Args:
         image_size: Height and width of the input, in pixels; the model's own when None.
         model_args: `KEY=VALUE` arguments of `registry.create_model`; ignored for runs and shared models.
-        seed: Seed of untrained weights.
+        seed: Of untrained weights.
 
     Raises:
         UserError: The run, checkpoint or file is missing, or the name or the image size does not fit.
@@ -247,9 +229,7 @@ def open_model(
         extract.set_image_size(image_size)
     if extract.image_size[0] != extract.image_size[1]:
         height, width = extract.image_size
-        raise UserError(
-            f"{source} expects {height}×{width} images, but images are squashed to squares: pass --image-size N"
-        )
+        raise UserError(f"{source} expects {height}×{width} images, but images become squares: pass --image-size N")
     facts = {
         "model": source,
         "label": label,

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MAX_STEPS = 160  # Lanczos steps
@@ -32,20 +33,14 @@ _SMALLEST_GAP = 1e-3  # below it, fp32 rounding may rotate the vector by more th
 
 
 class Cut(NamedTuple):
-    """Second eigenvectors of a batch of graphs.
+    """Second eigenvectors of a batch of graphs."""
 
-    Attributes:
-        vector: v [B, P], scaled to max |v| = 1. The first patch whose |v| is within `SAME` of 1 has a positive entry.
-            All zero for a graph with all patches linked to each other, which has no cut.
-        eigenvalue: The second smallest λ of (D − A)v = λDv, [B].
-        residual: ‖My − (1 − λ)y‖ for the unit vector y = D^½v/‖D^½v‖, [B], computed from the solution.
-        solver: Solver used, [B]: 0 Lanczos, 1 block Lanczos in fp64, 2 dense.
-    """
-
+    # v [B, P], scaled to max |v| = 1. The first patch whose |v| is within `SAME` of 1 has a positive entry. All zero
+    # for a graph with all patches linked to each other, which has no cut.
     vector: Tensor
-    eigenvalue: Tensor
-    residual: Tensor
-    solver: Tensor
+    eigenvalue: Tensor  # the second smallest λ of (D − A)v = λDv, [B]
+    residual: Tensor  # ‖My − (1 − λ)y‖ for the unit vector y = D^½v/‖D^½v‖, [B], computed from the solution
+    solver: Tensor  # solver used, [B]: 0 Lanczos, 1 block Lanczos in fp64, 2 dense
 
 
 class _Graphs:
@@ -58,8 +53,7 @@ class _Graphs:
         self.complete = (linked == self.present.sum(dim=-1, keepdim=True) * self.present).all(dim=-1)
         degrees = epsilon * links.shape[-1] + (1 - epsilon) * linked
         self.inverse_root = degrees.rsqrt()
-        top = degrees.sqrt()
-        self.top = top / top.norm(dim=-1, keepdim=True)
+        self.top = F.normalize(degrees.sqrt(), dim=-1)
 
     def _linked(self, x: Tensor) -> Tensor:
         masked = self.present * x
@@ -74,12 +68,6 @@ class _Graphs:
         return self.inverse_root * (self.epsilon * total + (1 - self.epsilon) * self._linked(scaled))
 
 
-def _start(like: Tensor) -> Tensor:
-    """Return one fixed random vector for all graphs; a pattern could be orthogonal to the wanted vector."""
-    noise = torch.randn(like.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return noise.to(like).expand_as(like)
-
-
 def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
     """Return x [b, P] orthogonalised against `basis` [b, k, P]."""
     for _ in range(2):  # the second pass removes rounding errors
@@ -87,15 +75,16 @@ def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
     return x
 
 
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    norm = x.norm(dim=-1)
-    return x / norm.clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(-1), norm
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)
 
 
 def _lanczos(graphs: _Graphs, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y [b, P], θ [b], gap to the next Ritz value [b]) of M without its known top eigenvector."""
     basis = graphs.top.unsqueeze(1)
-    x, _ = _unit(_orthogonal(_start(graphs.top), basis))
+    # one fixed random vector for all graphs; a pattern could be orthogonal to the wanted vector
+    start = torch.randn(graphs.top.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = _unit(_orthogonal(start.to(graphs.top).expand_as(graphs.top), basis))
     alphas, betas = [], []
     steps = min(max_steps, graphs.top.shape[-1] - 1)
     complete = graphs.complete.cpu()
@@ -103,27 +92,20 @@ def _lanczos(graphs: _Graphs, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
         basis = torch.cat([basis, x.unsqueeze(1)], dim=1)
         y = graphs.product(x)
         alphas.append((x * y).sum(dim=-1))
-        x, beta = _unit(_orthogonal(y, basis))
-        betas.append(beta)
-        x, _ = _unit(_orthogonal(x, basis))  # if β is only rounding, the Krylov space is exhausted
+        rest = _orthogonal(y, basis)
+        betas.append(rest.norm(dim=-1))
+        x = _unit(_orthogonal(_unit(rest), basis))  # if β is only rounding, the Krylov space is exhausted
         if step == steps or (step >= 8 and step % _CHECK_EVERY == 0):
-            values, vectors, left = _ritz(alphas, betas)
+            diagonal, side = (torch.stack(v, dim=1).double().cpu() for v in (alphas, betas))
+            # eigh reads the lower triangle of the tridiagonal matrix
+            values, vectors = torch.linalg.eigh(torch.diag_embed(diagonal) + torch.diag_embed(side[:, :-1], -1))
+            left = side[:, -1] * vectors[:, -1, -1].abs()  # residual of the largest
             gap = values[:, -1] - values[:, -2] if step > 1 else torch.ones_like(left)
             hopeless = (gap < _SMALLEST_GAP) & (step >= 24)  # for fp32
             if (complete | hopeless | ((left <= 0.1 * _RESIDUAL) & (left <= 1e-4 * gap))).all():
                 break
-    ritz, _ = _unit(torch.bmm(vectors[:, :, -1].unsqueeze(1).to(basis), basis[:, 1:]).squeeze(1))
+    ritz = _unit(torch.bmm(vectors[:, :, -1].unsqueeze(1).to(basis), basis[:, 1:]).squeeze(1))
     return ritz, values[:, -1].to(ritz), gap.to(ritz)
-
-
-def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return eigenvalues and eigenvectors of the tridiagonal matrices, and the residual of the largest, in fp64."""
-    diagonal, side = (torch.stack(v, dim=1).double().cpu() for v in (alphas, betas))
-    matrix = torch.diag_embed(diagonal)
-    if diagonal.shape[1] > 1:
-        matrix = matrix + torch.diag_embed(side[:, :-1], 1) + torch.diag_embed(side[:, :-1], -1)
-    values, vectors = torch.linalg.eigh(matrix)
-    return values, vectors, side[:, -1] * vectors[:, -1, -1].abs()
 
 
 def second_eigenvector(
@@ -135,11 +117,9 @@ def second_eigenvector(
         links: B [batch, P, P], floating point, symmetric, entries 0 or 1; P is at least 2.
         present: Boolean [batch, P]; all when None. An absent patch has affinity ε to all patches: its row and column
             of B count as zero.
-        epsilon: Affinity of patches that are not linked.
-        max_steps: Maximum number of steps of the first solver.
+        epsilon, max_steps: ε, and the maximum number of steps of the first solver.
 
-    Returns:
-        `Cut`. An exactly repeated eigenvalue may not be detected; it has no unique vector, and rounding selects one.
+    An exactly repeated eigenvalue may not be detected; it has no unique vector, and rounding selects one.
 
     Source: Shi and Malik, 2000; Parlett, *The Symmetric Eigenvalue Problem*, ch. 13.
 
@@ -155,8 +135,7 @@ def second_eigenvector(
     failed = ~((residual <= _RESIDUAL) & (gap >= _SMALLEST_GAP)) & ~graphs.complete  # a NaN fails too
     vector, solver = graphs.inverse_root * y, torch.zeros_like(failed, dtype=torch.long)
     for row in failed.nonzero().flatten().tolist():
-        exact, exact_theta, exact_residual, solver[row] = _solve_again(links[row], present[row], epsilon)
-        vector[row], theta[row], residual[row] = exact.to(vector), exact_theta.to(theta), exact_residual.to(residual)
+        vector[row], theta[row], residual[row], solver[row] = _solve_again(links[row], present[row], epsilon)
     vector = torch.where(graphs.complete.unsqueeze(-1), 0.0, _signed(vector))
     return Cut(vector, 1 - theta, torch.where(graphs.complete, 0.0, residual), solver)
 

@@ -94,11 +94,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def claim(folder: Path, file: str, settings: dict, option: str = "--output") -> None:
-    """Write settings to a JSON file in a folder, or compare them with those of the existing file.
-
-    Raises:
-        UserError: The file holds other settings, or the folder is not writable. The message suggests `option`.
-    """
+    """Write settings to a JSON file in a folder; if it exists with others, raise a `UserError` about `option`."""
     make_folder(folder)
     path, settings = folder / file, json.loads(json.dumps(settings))
     if not path.is_file():
@@ -119,14 +115,8 @@ class Records:
 
     An incomplete line of a killed process is ignored, so its image is processed again.
 
-    Args:
-        folder: Folder of the files; created if missing.
-        settings: Settings that the records depend on.
-        rank: Rank of this process. Rank 0 writes or compares settings.json and must be constructed first.
-        key: Name of the field that identifies a record.
-
-    Raises:
-        UserError: The folder holds records with other settings, or is not writable.
+    Rank 0 writes or compares settings.json, before another rank reads or appends. `key` is the name of the field that
+    identifies a record.
     """
 
     def __init__(self, folder: Path, settings: dict, rank: int = 0, key: str = "image_id"):

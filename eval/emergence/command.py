@@ -1,6 +1,7 @@
 """The command `crate-fast reproduce emergence`."""
 
 import argparse
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,17 +15,6 @@ from crate_fast.eval.emergence.runs import Folders, Resources, run_experiment
 from crate_fast.options import main_of
 
 
-def _report_again(report: Path, size: str) -> None:
-    """Write the report from the results and the protocol of a folder."""
-    path = report / "protocol.json"
-    if not path.is_file():
-        raise UserError(f"{report} holds no protocol.json: name a folder with results by --report")
-    settings = json.loads(path.read_text())
-    if settings["size"] != size:
-        raise UserError(f"{report} holds results of another --size than {size}: pass --size {settings['size']}")
-    print(f"written:\n  {write_report(report, Protocol.of_settings(settings), size)}")
-
-
 def _command(options: argparse.Namespace) -> None:
     require("pycocotools", "scipy")
     if options.minutes is not None and not 0 < options.minutes < math.inf:
@@ -33,12 +23,20 @@ def _command(options: argparse.Namespace) -> None:
     if data not in SIZES or bool(source) > (data == "photographs"):
         raise UserError(f"--data {options.data}: write shape_scenes, or photographs:DIR")
     protocol = SIZES[data][options.size]
-    output = options.output or Path("runs/emergence") / (
-        f"photographs-{options.size}" if protocol.photographs else options.size
-    )
+    name = f"photographs-{options.size}" if protocol.photographs else options.size
+    output = options.output or Path("runs/emergence") / name
     folders = Folders(output, options.report or output / "report", options.cifar10)
     if options.report_only:
-        _report_again(folders.report, options.size)
+        path = folders.report / "protocol.json"
+        if not path.is_file():
+            raise UserError(f"{folders.report} holds no protocol.json: name a folder with results by --report")
+        settings = json.loads(path.read_text())
+        size = settings["size"]
+        if size != options.size:
+            raise UserError(
+                f"{folders.report} holds results of another --size than {options.size}: pass --size {size}"
+            )
+        print(f"written:\n  {write_report(folders.report, Protocol.of_settings(settings), options.size)}")
         return
     if protocol.photographs:
         protocol = _with_photographs(options, source, protocol, folders)
@@ -71,7 +69,8 @@ def _with_photographs(options: argparse.Namespace, source: str, protocol: Protoc
     needed = protocol.stages[0].batch_size
     if images < needed:
         raise UserError(f"{source} holds {images} training images, fewer than a batch of {needed}: use more images")
-    return protocol.with_training_images(images)
+    stages = tuple(dataclasses.replace(stage, images=images) for stage in protocol.stages)
+    return dataclasses.replace(protocol, stages=stages)
 
 
 main = main_of("reproduce emergence", _command)

@@ -31,20 +31,13 @@ _SHOWN = 8  # images in the figures
 
 
 class SceneData:
-    """Scenes of `shape_scenes`.
-
-    Attributes:
-        selection: Images for choosing heads and layers.
-        test: Images for scoring attention.
-        classified: Images for measuring accuracy.
-        with_masks: Images for MaskCut, or None.
-    """
+    """Scenes of `shape_scenes`: `selection` to choose heads and layers; `test` to score attention, and the others."""
 
     def __init__(self, protocol: Protocol):
         self.protocol, size = protocol, protocol.image_size
         self.selection = SceneImages(size, protocol.selection_images, protocol.selection_seed)
-        self.test = self.classified = SceneImages(size, protocol.test_images, protocol.test_seed)
-        self.with_masks = SceneImages(size, protocol.maskcut_images, protocol.test_seed)
+        self.test = self.classified = SceneImages(size, protocol.test_images, protocol.test_seed)  # for accuracy
+        self.with_masks = SceneImages(size, protocol.maskcut_images, protocol.test_seed)  # for MaskCut
 
     def shown(self) -> dict[str, np.ndarray]:
         """Return the first test scenes: "images" uint8 [8, S, S, 3], "masks" bool [8, S, S], "labels" [8]."""
@@ -73,9 +66,7 @@ class PhotographData:
     """Photographs prepared by `prepare_photographs`, with the attributes of `SceneData`.
 
     `selection` and `test` hold only photographs of the protocol's `coverage`; `classified` is the whole test half.
-
-    Raises:
-        UserError: A half has no photograph with this coverage.
+    Without photographs with masks `with_masks` is None.
     """
 
     def __init__(self, protocol: Protocol, folder: Path):
@@ -91,8 +82,13 @@ class PhotographData:
 
     def shown(self) -> dict[str, np.ndarray]:
         """Return free photographs from no training set: "images" uint8 [8, S, S, 3], "names" [8] with credit."""
-        free = free_photographs()
-        images = [_central_square(path, self.protocol.mask_size) for path in free.values()]
+        size, free, images = self.protocol.mask_size, free_photographs(), []
+        for path in free.values():  # the central square
+            picture = read_image(path)
+            side = min(picture.size)
+            left, top = (picture.width - side) // 2, (picture.height - side) // 2
+            box = (left, top, left + side, top + side)
+            images.append(np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS, box=box)))
         return {"images": np.stack(images), "names": np.array(list(free))}
 
 
@@ -110,14 +106,6 @@ def _with_coverage(images: _Photographs, count: int, coverage: tuple[float, floa
     return spread(Subset(images, fitting), count)
 
 
-def _central_square(path: Path, size: int) -> np.ndarray:
-    picture = read_image(path)
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS, box=box))
-
-
 def spread(images: Dataset, count: int) -> Subset:
     """Return at most `count` images, evenly spaced."""
     return Subset(images, np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int).tolist())
@@ -126,16 +114,11 @@ def spread(images: Dataset, count: int) -> Subset:
 def prepare_photographs(source: Path, boxes: Path | None, masks: str | None, folder: Path) -> int:
     """Prepare photographs in a folder, if this is not done yet; return the number of training images.
 
-    Source folders are linked, archives are unpacked.
-
     Args:
-        source: Folder with train/ and val/, each with one folder of images per class, or with train.tar and val.tar.
+        source: Folder with train/ and val/, each with one folder of images per class, which are linked, or with
+            train.tar and val.tar, which are unpacked.
         boxes: Boxes of the validation images, as in `boxes.BoxedImages`; SOURCE/val_boxes.json when None.
         masks: Photographs with masks, as in `images.open_images`, or None.
-        folder: Folder of the prepared photographs.
-
-    Raises:
-        UserError: A split or the boxes are missing or invalid, or the folder holds other photographs.
     """
     boxes = boxes or source / "val_boxes.json"
     masks_kind, _, masks_path = (masks or "").partition(":")

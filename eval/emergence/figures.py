@@ -15,14 +15,7 @@ from crate_fast.eval import white_box
 from crate_fast.eval.common import segmentation
 from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid, wrap_credit
 from crate_fast.eval.emergence.protocol import MODELS
-from crate_fast.eval.emergence.results import (
-    COARSE,
-    Results,
-    at_checkpoint,
-    head_chosen,
-    held_out_accuracy,
-    validated,
-)
+from crate_fast.eval.emergence.results import COARSE, Results, at_checkpoint, head_chosen, held_out_accuracies
 from crate_fast.train.data.shape_scenes import CLASSES
 
 Arrays = dict[str, np.ndarray]
@@ -40,22 +33,18 @@ CAPTIONS = {  # name → caption, in the report's order
     "per checkpoint of the first stage.",
     "white_box": "R^c and sparsity by layer; dashed: before training.",
 }
-_SHOWN_SCORES = (
-    *("AP, best head", "AP, fixed head", "mIoU mass, best head", "mIoU mass, fixed head"),
-    *("box AP", "mask AP"),
-)
 
 
 def load_pictures(report: Path, kind: str) -> dict[str, Arrays]:
     """Return model → arrays of `scores.pictures` and of the shown images; `kind` is that of the protocol."""
+
+    def load(path: Path) -> Arrays:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+
     folder = report / "pictures"
     saved = {model: folder / f"{model}.npz" for model in MODELS}
-    return {model: _load(folder / f"{kind}.npz") | _load(path) for model, path in saved.items() if path.is_file()}
-
-
-def _load(path: Path) -> Arrays:
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+    return {model: load(folder / f"{kind}.npz") | load(path) for model, path in saved.items() if path.is_file()}
 
 
 def draw(results: Results, pictures: dict[str, Arrays], folder: Path) -> dict[str, Path]:
@@ -156,62 +145,53 @@ def _colours(shown: Arrays, columns: Iterable[tuple[str, np.ndarray]]) -> dict:
 
 def _charts(results: Results) -> dict[str, dict]:
     protocol, layers = results.protocol, range(results.protocol.depth)
-    known, detected = results.coarse_measures(), results.have("maskcut")
-    shown = [name for name in _SHOWN_SCORES if (name in known if name in COARSE else detected)]
-    style = {"from_zero": True, "columns": 2}
-    by_layer = {
-        f"{m}, %": _with_baselines(results, m, layers, [at_checkpoint(m, layer=layer) for layer in layers])
-        for m in shown
-    }
+    attention = [name for name in results.coarse_measures() if COARSE[name][0] != "topk"]
+    shown = attention + ["box AP", "mask AP"] * results.have("maskcut")
     images = [point.images / 1000 for point in protocol.points]
-    by_epoch = {
-        f"{m}, %": _with_baselines(results, m, images, [at_checkpoint(m, index) for index in range(len(images))])
-        for m in ("accuracy", *shown)
-    }
+    validated = held_out_accuracies(results.by_seed("CRATE", lambda result: result)[0])
+
+    def over_accuracy(model: str) -> tuple[list[float], list[tuple[int]]]:
+        runs = results.by_seed(model, held_out_accuracies)
+        points = sorted((statistics.fmean(run[index] for run in runs), index) for index in validated)
+        return [accuracy for accuracy, _ in points], [(index,) for _, index in points]
+
+    by_layer = _panels(results, shown, lambda _: (layers, [(-1, layer) for layer in layers]))
+    by_epoch = _panels(results, ["accuracy", *shown], lambda _: (images, [(index,) for index in range(len(images))]))
+    by_accuracy = _panels(results, attention, over_accuracy)
+    style = {"from_zero": True, "columns": 2}
     return {
         "figure6_by_layer": {"panels": by_layer, "xlabel": "layer", **style},
         "figure10_by_epoch": {"panels": by_epoch, "xlabel": "training images, thousands", **style},
-        "by_accuracy": {
-            "panels": _by_accuracy(results, [m for m in shown if m in COARSE]),
-            "xlabel": f"accuracy on held-out {protocol.kind}, %",
-            **style,
-        },
+        "by_accuracy": {"panels": by_accuracy, "xlabel": f"accuracy on held-out {protocol.kind}, %", **style},
         "white_box": {"panels": _white_box(results), "xlabel": "layer"},
     }
+
+
+def _panels(results: Results, measures: list[str], points: Callable[[str], tuple]) -> dict[str, list[Curve]]:
+    """Return for each measure a curve of every model and, for measures of attention, the baselines.
+
+    `points` returns for a model the x of its points, and what follows the measure in `at_checkpoint`'s arguments.
+    """
+    panels = {}
+    for measure in measures:
+        curves = []
+        for model in results.models:
+            x, places = points(model)
+            curves.append(_curve(results, model, x, [at_checkpoint(measure, *place) for place in places]))
+        if measure in COARSE:
+            known, names = results.baselines(measure), {"mean_mask": results.protocol.fixed_map}
+            names |= {"random": "random maps"} if measure.endswith("best head") else {}
+            every = [x for curve in curves for x in curve.x]
+            ends = [min(every), max(every)]
+            curves += [Curve(text, ends, [known[name]] * 2, dashed=True) for name, text in names.items()]
+        panels[f"{measure}, %"] = curves
+    return panels
 
 
 def _curve(results: Results, model: str, x: Sequence[float], values: Iterable[Callable], label: str = "", **style):
     found = [results.by_seed(model, value) for value in values]
     spread = [statistics.stdev(seeds) for seeds in found] if len(found[0]) > 1 else None
     return Curve(label or model, x, [statistics.fmean(seeds) for seeds in found], spread, **style)
-
-
-def _with_baselines(results: Results, measure: str, x: Sequence[float], values: list[Callable]) -> list[Curve]:
-    """Return one curve per model and, for measures of attention, the baselines."""
-    curves = [_curve(results, model, x, values) for model in results.models]
-    return curves + (_baselines(results, measure, x) if measure in COARSE else [])
-
-
-def _baselines(results: Results, measure: str, x: Sequence[float]) -> list[Curve]:
-    known, names = results.baselines(measure), {"mean_mask": results.protocol.fixed_map}
-    names |= {"random": "random maps"} if measure.endswith("best head") else {}
-    return [Curve(text, [min(x), max(x)], [known[name]] * 2, dashed=True) for name, text in names.items()]
-
-
-def _by_accuracy(results: Results, measures: list[str]) -> dict[str, list[Curve]]:
-    """Return scores of attention at the paper's layer over accuracy, one point per checkpoint of the first stage."""
-    known = validated(results.by_seed("CRATE", lambda result: result)[0])
-    panels: dict[str, list[Curve]] = {f"{m}, %": [] for m in measures}
-    for model in results.models:
-        accuracies = {i: statistics.fmean(results.by_seed(model, held_out_accuracy(i))) for i in known}
-        order = sorted(known, key=accuracies.get)
-        x = [accuracies[i] for i in order]
-        for m in measures:
-            panels[f"{m}, %"].append(_curve(results, model, x, [at_checkpoint(m, i) for i in order]))
-    for m in measures:
-        curves = panels[f"{m}, %"]
-        curves += _baselines(results, m, [accuracy for curve in curves for accuracy in curve.x])
-    return panels
 
 
 def _white_box(results: Results) -> dict[str, list[Curve]]:

@@ -21,27 +21,19 @@ MODELS: dict[str, dict[str, str]] = {  # model → settings that differ from CRA
 ORDER = ("CRATE", "CRATE-MLP", "CRATE-MHSA", "ViT")  # the paper's Table 2, best first
 _CIFAR_SIZE, _CIFAR_IMAGES = 32, 50_000
 _OF_PHOTOGRAPHS = ("data", "models", "crop_scale", "hflip", "precision", "mask_size", "coverage", "box_images")
+_OF_TRAINING = ("dim", "depth", "heads", "optimizer", "weight_decay", "label_smoothing")  # also in `TrainConfig`
 _OF_SCENES = ("cifar_epochs", "selection_seed", "test_seed")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a training run.
+    """One stage of a training run."""
 
-    Attributes:
-        image_size: Side of the images in pixels.
-        images: Number of training images.
-        epochs: Number of passes over them.
-        lr_share: Peak learning rate as a fraction of the run's.
-        checkpoints: Number of scored checkpoints, evenly spaced, the last at the end.
-        batch_size: Images per step.
-    """
-
-    image_size: int
-    images: int
+    image_size: int  # side in pixels
+    images: int  # number of training images
     epochs: int
-    lr_share: float = 1.0
-    checkpoints: int = 1
+    lr_share: float = 1.0  # peak learning rate as a fraction of the run's
+    checkpoints: int = 1  # number of scored checkpoints, evenly spaced, the last at the end
     batch_size: int = 64
 
     @property
@@ -59,20 +51,12 @@ class Point(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One training run of the experiment.
+    """One training run of the experiment."""
 
-    Attributes:
-        kind: "sweep" for choosing the learning rate; "scenes" or "photographs" for comparing models; "cifar10" for
-            comparing accuracy only.
-        model: A key of `MODELS`.
-        seed: Seed of weights, data and order.
-        lr: Learning rate of a sweep; None for other runs, which use the rate that the sweeps select.
-    """
-
-    kind: str
-    model: str
-    seed: int
-    lr: float | None = None
+    kind: str  # "sweep" of the learning rate; "scenes" or "photographs", compared; "cifar10", for accuracy only
+    model: str  # a key of `MODELS`
+    seed: int  # of weights, data and order
+    lr: float | None = None  # of a sweep; other runs use the rate that the sweeps select
 
     @property
     def name(self) -> str:
@@ -87,62 +71,40 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Protocol:
-    """The experiment at one size.
+    """The experiment at one size, by default at the small size on scenes.
 
-    Attributes:
-        patch_size: Side of a patch in pixels.
-        dim, depth, heads: Size of every model; the head width is dim / heads.
-        stages: Stages of a compared run; each starts from the weights of the previous one. All checkpoints are scored
-            at the last stage's image size.
-        sweep_images: Number of training images of a sweep run, which is otherwise like the first stage.
-        lrs: Learning rates to try, ascending.
-        seeds: Seeds of the compared runs, for weights, images and their order.
-        cifar_epochs: Passes over CIFAR-10's training images.
-        selection_images: Number of images for choosing heads and layers; the maximum number for photographs.
-        test_images: Number of scored images; the maximum number for photographs.
-        maskcut_images: Number of images for MaskCut: the first test scenes, or photographs with masks.
-        selection_seed, test_seed: Seeds of the selection and test scenes; no model is trained on them.
-        sweep_seed: Seed of the sweep runs.
-        optimizer, weight_decay, label_smoothing: Settings of `TrainConfig`.
-        warmup_share: Warmup as a fraction of a stage's steps.
-        primary: Measure of `results.COARSE` that decides the claims; the default is that of the first protocol.
-        data: "shape_scenes" or "photographs".
-        models: Keys of `MODELS`.
-        crop_scale, hflip: Augmentation of photographs, settings of `TrainConfig`.
-        precision: Setting of `TrainConfig`.
-        mask_size: Side in pixels at which photographs with masks are scored.
-        coverage: Range of the share of a photograph that its boxes cover; other photographs are not scored.
-        box_images: Number of test photographs for the scores of `crate-fast eval localization`, which are slow.
+    A compared run's stages start from the weights of the previous one. Reports of earlier protocols rely on the
+    default of `primary`.
     """
 
-    patch_size: int
-    dim: int
-    depth: int
-    heads: int
-    stages: tuple[Stage, ...]
-    sweep_images: int
-    lrs: tuple[float, ...]
-    seeds: tuple[int, ...]
-    cifar_epochs: int
-    selection_images: int
-    test_images: int
-    maskcut_images: int
-    selection_seed: int = 900_001
+    patch_size: int = 8
+    dim: int = 96  # of every model; the head width is dim / heads
+    depth: int = 4
+    heads: int = 3
+    stages: tuple[Stage, ...] = (Stage(64, 50_000, 4, 1.0, 4), Stage(128, 24_064, 1, 0.5, 2))  # of a compared run
+    sweep_images: int = 60_000  # number of training images of a sweep run, which is otherwise like the first stage
+    lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3)  # learning rates to try, ascending
+    seeds: tuple[int, ...] = (0, 1, 2)  # of the compared runs, for weights, images and their order
+    cifar_epochs: int = 2
+    selection_images: int = 500  # number of images for choosing heads and layers; the maximum number for photographs
+    test_images: int = 500  # number of scored images; the maximum number for photographs
+    maskcut_images: int = 200  # number of images for MaskCut: the first test scenes, or photographs with masks
+    selection_seed: int = 900_001  # of scenes; no model is trained on these and on the test scenes
     test_seed: int = 900_002
     sweep_seed: int = 100
     optimizer: str = "adamw"
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
-    warmup_share: float = 0.05
-    primary: str = "mIoU mass, best head"
-    data: str = "shape_scenes"
+    warmup_share: float = 0.05  # of a stage's steps
+    primary: str = "mIoU mass, best head"  # measure that decides the claims
+    data: str = "shape_scenes"  # or "photographs"
     models: tuple[str, ...] = tuple(MODELS)
-    crop_scale: float = 1.0
-    hflip: float = 0.0
+    crop_scale: float = 1.0  # of photographs
+    hflip: float = 0.0  # of photographs
     precision: str = "auto"
-    mask_size: int = 128
-    coverage: tuple[float, float] = (0.0, 1.0)
-    box_images: int = 0
+    mask_size: int = 128  # side in pixels at which photographs with masks are scored
+    coverage: tuple[float, float] = (0.0, 1.0)  # share of a scored photograph that its boxes cover
+    box_images: int = 0  # number of test photographs for the scores of `crate-fast eval localization`, which are slow
 
     @property
     def photographs(self) -> bool:
@@ -194,10 +156,6 @@ class Protocol:
         stages = [{"images" if name == "scenes" else name: v for name, v in s.items()} for s in settings["stages"]]
         return cls(**values | {"stages": tuple(Stage(**stage) for stage in stages)})
 
-    def with_training_images(self, count: int) -> "Protocol":
-        """Return the protocol for a training set of another size."""
-        return dataclasses.replace(self, stages=tuple(dataclasses.replace(s, images=count) for s in self.stages))
-
     def planned_runs(self, cifar10: bool = True) -> list[Run]:
         """Return all runs in order: sweeps, then seed by seed, so that an early stop leaves complete seeds."""
         sweeps = [Run("sweep", model, self.sweep_seed, lr) for model in self.models for lr in self.lrs]
@@ -220,10 +178,8 @@ class Protocol:
     ) -> TrainConfig:
         """Return the training settings of stage `number` of a run with the peak learning rate `lr`.
 
-        Args:
-            data_dir: For CIFAR-10 a folder with train/<class>/ and test/<class>/, or torchvision's CIFAR-10 folder;
-                for photographs the folder of `data.prepare_photographs`.
-            **further: Other settings, such as `device`, another precision, and `init` of a later stage.
+        `data_dir` is the folder of CIFAR-10 (train/<class>/ and test/<class>/, or torchvision's) or of
+        `data.prepare_photographs`; `further` holds other settings, such as `device`, and `init` of a later stage.
         """
         stage = self.stages_of(run)[number]
         if run.kind == "cifar10":
@@ -240,19 +196,14 @@ class Protocol:
             data |= {"checkpoint_every": stage.steps // stage.checkpoints, "keep_checkpoints": stage.steps}
         return TrainConfig(
             model="crate_tiny_patch8_224",
-            dim=self.dim,
-            depth=self.depth,
-            heads=self.heads,
+            **{name: getattr(self, name) for name in _OF_TRAINING},
             **MODELS[run.model],
             **data,
             image_size=stage.image_size,
             batch_size=stage.batch_size,
             epochs=stage.epochs,
             warmup_epochs=self.warmup_share * stage.epochs,
-            optimizer=self.optimizer,
             lr=lr * stage.lr_share,
-            weight_decay=self.weight_decay,
-            label_smoothing=self.label_smoothing,
             seed=run.seed,
             log_every=50,
             segmentation_samples=8,  # for the run's own figure; the experiment scores more
@@ -260,21 +211,7 @@ class Protocol:
         )
 
 
-_SMALL = Protocol(
-    patch_size=8,
-    dim=96,
-    depth=4,
-    heads=3,
-    stages=(Stage(64, 50_000, 4, 1.0, 4), Stage(128, 24_064, 1, 0.5, 2)),
-    sweep_images=60_000,
-    lrs=(5e-4, 1e-3, 2e-3),
-    seeds=(0, 1, 2),
-    cifar_epochs=2,
-    selection_images=500,
-    test_images=500,
-    maskcut_images=200,
-    primary="AP, best head",
-)
+_SMALL = Protocol(primary="AP, best head")
 _SMOKE = {"dim": 16, "depth": 2, "heads": 2}  # scenes test comparisons over seeds, photographs the choice of a rate
 _SCENES = {
     "smoke": dataclasses.replace(

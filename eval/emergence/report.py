@@ -26,14 +26,14 @@ from crate_fast.train.checkpoint import write_text
 
 _PAIRS = (*itertools.pairwise(ORDER), ("CRATE", "ViT"), ("CRATE", "CRATE-sth"))
 _PAPERS_LAYER = "the last but one of models with MSSA, the last of those with MHSA"
+_CITED = {  # column of the paper's numbers → its cell for a row of the paper's Table 2, {} for other models
+    "paper, VOC": lambda row: row.get("VOC mIoU"),
+    "paper, COCO: box AP50 / AP": lambda row: f"{row['box AP50']} / {row['box AP']}" if row else None,
+}
 
 
 def write_report(report: Path, protocol: Protocol, size: str) -> Path:
-    """Write report.md and its figures into the folder with results/ and pictures/; return the path of report.md.
-
-    Raises:
-        UserError: No seed has results of both CRATE and ViT.
-    """
+    """Write report.md and its figures into the folder with results/ and pictures/; return the path of report.md."""
     results = Results.load(report, protocol)
     if not results.seeds():
         raise UserError(
@@ -112,27 +112,25 @@ def _verdicts(results: Results) -> str:
         at = results.common_accuracy()
         reached = results.by_model(at_accuracy(primary, at))
         learned = not any(None in reached[model] for model in results.ranked)  # every run started below this accuracy
-        first = (
-            f"On the primary score, {primary}, at the end of training:\n\n"
-            f"{_claims(results, primary)}\n\nAnd at equal accuracy, where each run first reached {at:.1f} % on its "
-            "held-out photographs, the highest accuracy that all reached:\n\n"
-            + (_claims(results, primary, at) if learned else "Not every run reached this accuracy.")
-        )
+        parts = [
+            f"On the primary score, {primary}, at the end of training:",
+            _claims(results, primary),
+            f"And at equal accuracy, where each run first reached {at:.1f} % on its held-out photographs, the "
+            "highest accuracy that all reached:",
+            _claims(results, primary, at) if learned else "Not every run reached this accuracy.",
+        ]
     else:
-        first = f"On the primary score, {primary}, as defined in the protocol:\n\n{_claims(results, primary)}"
-    text = (
-        f"{first}\n\nThe best of {protocol.heads} heads is chosen with knowledge of the object, which favours it "
-        f"over the {protocol.fixed_map}, a single map. So these are the same statements with one head for all "
-        f"images, chosen on other {protocol.kind}. They are not part of the protocol's decision:\n\n"
-        + _claims(results, primary.replace("best head", "fixed head"))
-    )
-    before = Protocol.primary
-    if primary == before or protocol.photographs:
-        return text
-    return (
-        f"{text}\n\nBy the paper's score, which decided the first protocol and depends on how far maps spread:\n\n"
-        f"{_claims(results, before)}"
-    )
+        parts = [f"On the primary score, {primary}, as defined in the protocol:", _claims(results, primary)]
+    parts += [
+        f"The best of {protocol.heads} heads is chosen with knowledge of the object, which favours it over the "
+        f"{protocol.fixed_map}, a single map. So these are the same statements with one head for all images, chosen "
+        f"on other {protocol.kind}. They are not part of the protocol's decision:",
+        _claims(results, primary.replace("best head", "fixed head")),
+    ]
+    if primary != Protocol.primary and not protocol.photographs:
+        text = "By the paper's score, which decided the first protocol and depends on how far maps spread:"
+        parts += [text, _claims(results, Protocol.primary)]
+    return "\n\n".join(parts)
 
 
 # --- tables of scores ---
@@ -146,19 +144,11 @@ def _rows(results: Results, columns: dict[str, Callable[[dict], float]]) -> list
     ]
 
 
-def _with_twins(
-    results: Results, names: Sequence[str], column: str = "", cited: Callable | None = None
-) -> list[dict]:
-    """Return table rows at the paper's layer: the trained models, then their untrained twins.
-
-    Args:
-        results, names: The results, and keys of `MEASURES`.
-        column: Title of a column with the paper's numbers for trained models.
-        cited: Function from the model's row in the paper's Table 2 ({} if it has none) to the cell of this column.
-    """
-    rows, twins = (_rows(results, {name: at_checkpoint(name, index) for name in names}) for index in (-1, 0))
+def _with_twins(results: Results, measures: Sequence[str], cited: str | None = None) -> list[dict]:
+    """Return rows at the paper's layer: the trained models, with a column of `_CITED`, and their untrained twins."""
+    rows, twins = (_rows(results, {name: at_checkpoint(name, index) for name in measures}) for index in (-1, 0))
     for row in rows if cited else ():
-        row[column] = cited(paper.find("table2", row["model"]))
+        row[cited] = _CITED[cited](paper.find("table2", row["model"]))
     return rows + [{**row, "model": f"{row['model']}, untrained"} for row in twins]
 
 
@@ -179,13 +169,9 @@ def _baseline_rows(results: Results, measures: Sequence[str], split: str = "test
     ]
 
 
-def _cited_miou(row: dict[str, float]) -> float | None:
-    return row.get("VOC mIoU")
-
-
 def _coarse(results: Results) -> str:
     measures, protocol = results.coarse_measures(), results.protocol
-    rows = _with_twins(results, measures, "paper, VOC", None if protocol.photographs else _cited_miou)
+    rows = _with_twins(results, measures, None if protocol.photographs else "paper, VOC")
     rows += _baseline_rows(results, measures)
     chosen = _rows(results, {name: at_checkpoint(name, layer="chosen") for name in measures})
     objects = " An object is the area inside its boxes." if protocol.photographs else ""
@@ -202,10 +188,9 @@ def _boxes(results: Results) -> str:
     rows = _with_twins(results, list(BOXED))
     for prior, scores in results.scored[0]["checkpoints"][-1]["boxes"]["baselines"].items():
         rows.append({"model": prior})
-        for name in BOXED:
-            measure, _, heads = name.rpartition(", ")
-            found = scores[heads.replace(" ", "_")] if prior == "random" else scores
-            rows[-1][name] = f"{100 * found[measure]:.1f}"
+        for name, (heads, score) in BOXED.items():
+            found = scores[heads] if prior == "random" else scores
+            rows[-1][name] = f"{100 * found[score]:.1f}"
     return (
         "Scored as by `crate-fast eval localization`, at the paper's layer. Centre, mean box and whole picture are "
         "the same map for all images.\n\n" + markdown_table(rows, digits=1)
@@ -213,7 +198,7 @@ def _boxes(results: Results) -> str:
 
 
 def _masks(results: Results) -> str:
-    rows = _with_twins(results, list(MASKED), "paper, VOC", _cited_miou)
+    rows = _with_twins(results, MASKED, "paper, VOC")
     rows += _baseline_rows(results, list(COARSE), "masks")
     scored = results.scored[0]["checkpoints"][-1]["masks"]["ap"]
     return (
@@ -223,13 +208,10 @@ def _masks(results: Results) -> str:
 
 
 def _detection(results: Results) -> str:
-    def cited(row: dict[str, float]) -> str | None:
-        return f"{row['box AP50']} / {row['box AP']}" if row else None
-
     where = "detected distractors count as errors"
     if results.protocol.photographs:
         where = f"on the photographs with masks, at {results.protocol.mask_size} px"
-    rows = _with_twins(results, MASKCUT, "paper, COCO: box AP50 / AP", cited)
+    rows = _with_twins(results, MASKCUT, "paper, COCO: box AP50 / AP")
     return f"At the paper's layer; {where}.\n\n" + markdown_table(rows, digits=1)
 
 
@@ -260,8 +242,9 @@ def _accuracy(results: Results) -> str:
     with_cifar = bool(results.seeds("cifar10"))
     for row in rows:
         model = row["model"]
-        for number, stage in enumerate(protocol.stages[:-1]):
-            ends = results.by_seed(model, lambda r, n=number: _accuracy_after(r, n))
+        for number, stage in enumerate(protocol.stages[:-1]):  # held-out accuracy, at the stage's image size
+            validations = results.by_seed(model, lambda r: r["validation"])
+            ends = [[100 * e["val_accuracy"] for e in entries if e["stage"] == number][-1] for entries in validations]
             row[f"after stage {number + 1}, at {stage.image_size} px"] = _with_spread(ends)
         if not protocol.photographs:
             row["CIFAR-10"] = _with_spread(cifar[model]) if with_cifar else None
@@ -276,11 +259,6 @@ def _accuracy(results: Results) -> str:
     error = 100 * (0.15 * 0.85 / protocol.selection_images) ** 0.5
     noise = f"on {protocol.selection_images} scenes an accuracy of 15 % has a standard error of {error:.1f}."
     return f"Chance is {100 / 12:.1f} on scenes and 10 on CIFAR-10. In a sweep, {noise}\n\n{table}{missing}"
-
-
-def _accuracy_after(result: dict, stage: int) -> float:
-    """Return a run's held-out accuracy after a stage, at the stage's image size."""
-    return 100 * [entry["val_accuracy"] for entry in result["validation"] if entry["stage"] == stage][-1]
 
 
 def _at_equal_accuracy(results: Results) -> str:

@@ -4,16 +4,28 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from crate_fast.eval.emergence.protocol import ORDER, Protocol, Run
 
-Value = Callable[[dict], float]  # function from a result to a number
+# Measures of attention: name → (reading of `segmentation.AttentionScores`, choice of the head)
+COARSE: dict[str, tuple[str, str]] = {
+    f"{name}, {heads}": (reading, heads)
+    for reading, name in (("ap", "AP"), ("mass", "mIoU mass"), ("topk", "mIoU topk"))
+    for heads in ("best head", "fixed head")
+}
+MASKED = [f"masks: {name}" for name in COARSE]  # the same on photographs with masks
+# Measures of boxes, at the first and last checkpoint only: name → (key of the choice of the head, score)
+BOXED: dict[str, tuple[str, str]] = {
+    f"{name}, {heads}": (heads.replace(" ", "_"), name)
+    for name in ("MaxBoxAccV2", "GT-known", "pointing")
+    for heads in ("best head", "one head")
+}
+MASKCUT = ("box AP50", "box AP", "box AR100", "mask AP50", "mask AP", "mask AR100")
 
 
-# --- measures of a checkpoint ---
+# --- values of a result ---
 
 
 def _row(checkpoint: dict, split: str, reading: str, layer: int) -> dict:
@@ -26,95 +38,53 @@ def head_chosen(checkpoint: dict, reading: str, layer: int) -> int:
     return heads.index(max(heads))
 
 
-def _coarse(reading: str, heads: str, split: str, checkpoint: dict, layer: int | str) -> float:
+def _coarse(measure: str, split: str, checkpoint: dict, layer: int | str) -> float:
+    reading, heads = COARSE[measure]
     if layer == "chosen":
         layers = [row["layer"] for row in checkpoint["selection"][reading]["layers"]]
-        layer = max(layers, key=partial(_coarse, reading, heads, "selection", checkpoint))
+        layer = max(layers, key=lambda number: _coarse(measure, "selection", checkpoint, number))
     row = _row(checkpoint, split, reading, layer)
-    best = heads == "best head"
-    return 100 * (row["best_head"] if best else row["per_head"][head_chosen(checkpoint, reading, layer)])
+    return 100 * (
+        row["best_head"] if heads == "best head" else row["per_head"][head_chosen(checkpoint, reading, layer)]
+    )
 
 
-def _localized(name: str, heads: str, checkpoint: dict, layer: int) -> float:
-    row = next(row for row in checkpoint["boxes"]["layers"] if row["layer"] == layer)
-    return 100 * row[heads.replace(" ", "_")][name]
-
-
-def _detected(name: str, checkpoint: dict, layer: int) -> float:
-    return checkpoint["maskcut"][str(layer)][name]
-
-
-def _accuracy(checkpoint: dict, _layer: int) -> float:
-    return 100 * checkpoint["accuracy"]
-
-
-def _white_box(name: str, checkpoint: dict, layer: int) -> float:
-    return checkpoint["white_box"][layer][name]
-
-
-# Measures of attention: name → (reading of `segmentation.AttentionScores`, choice of the head)
-COARSE: dict[str, tuple[str, str]] = {
-    f"{name}, {heads}": (reading, heads)
-    for reading, name in (("ap", "AP"), ("mass", "mIoU mass"), ("topk", "mIoU topk"))
-    for heads in ("best head", "fixed head")
-}
-MASKCUT = ("box AP50", "box AP", "box AR100", "mask AP50", "mask AP", "mask AR100")
-# The same measures of attention on photographs with masks; measures of boxes, at the first and last checkpoint only.
-MASKED = {
-    f"masks: {name}": partial(_coarse, *reading_and_heads, "masks") for name, reading_and_heads in COARSE.items()
-}
-BOXED = {
-    f"{name}, {heads}": partial(_localized, name, heads)
-    for name in ("MaxBoxAccV2", "GT-known", "pointing")
-    for heads in ("best head", "one head")
-}
-# All measures: name → function of (checkpoint, layer); scores are in percent. Measures of `COARSE` also accept the
-# layer "chosen", which is the best on the selection images.
-MEASURES: dict[str, Callable[[dict, int | str], float]] = {
-    **{name: partial(_coarse, *reading_and_heads, "test") for name, reading_and_heads in COARSE.items()},
-    **{name: partial(_detected, name) for name in MASKCUT},
-    **MASKED,
-    **BOXED,
-    "accuracy": _accuracy,
-    **{name: partial(_white_box, name) for name in ("coding_rate", "sparsity")},
-}
-
-
-# --- values of a result ---
-
-
-def at_checkpoint(measure: str, index: int = -1, layer: int | str = "paper") -> Value:
+def at_checkpoint(measure: str, index: int = -1, layer: int | str = "paper") -> Callable[[dict], float]:
     """Return a function from a result to a measure at a checkpoint: 0 is the untrained twin, -1 the last.
 
-    `layer` is a number, "paper" for the layer used in the paper, or "chosen" for the best on the selection images.
+    The measure is one of the lists above, "accuracy", "coding_rate" or "sparsity". All but the last two are in
+    percent. `layer` is a number, "paper" for the layer used in the paper, or for measures of attention "chosen", the
+    best on the selection images.
     """
 
     def value(result: dict) -> float:
         checkpoint = result["checkpoints"][index]
-        return MEASURES[measure](checkpoint, checkpoint["default_layer"] if layer == "paper" else layer)
+        at = checkpoint["default_layer"] if layer == "paper" else layer
+        if measure == "accuracy":
+            return 100 * checkpoint["accuracy"]
+        if measure in MASKCUT:
+            return checkpoint["maskcut"][str(at)][measure]
+        if measure in BOXED:
+            heads, score = BOXED[measure]
+            return 100 * next(row for row in checkpoint["boxes"]["layers"] if row["layer"] == at)[heads][score]
+        if measure in COARSE:
+            return _coarse(measure, "test", checkpoint, at)
+        if measure in MASKED:
+            return _coarse(measure.removeprefix("masks: "), "masks", checkpoint, at)
+        return checkpoint["white_box"][at][measure]
 
     return value
 
 
-def validated(result: dict) -> list[int]:
-    """Return the indices of first-stage checkpoints with a known held-out accuracy, the untrained twin first."""
-    known = {entry["step"] for entry in result["validation"] if entry["stage"] == 0}
-    return [i for i, c in enumerate(result["checkpoints"]) if c["stage"] == 0 and c["step"] in {0, *known}]
-
-
-def held_out_accuracy(index: int) -> Value:
-    """Return a function from a result to its accuracy at a checkpoint of `validated`, in percent.
+def held_out_accuracies(result: dict) -> dict[int, float]:
+    """Return index → accuracy in percent of the validated checkpoints of the first stage, the untrained twin first.
 
     It is measured on the run's validation images; for the untrained twin, on the test images.
     """
-
-    def value(result: dict) -> float:
-        step = result["checkpoints"][index]["step"]
-        if step == 0:
-            return at_checkpoint("accuracy", index)(result)
-        return next(100 * e["val_accuracy"] for e in result["validation"] if (e["stage"], e["step"]) == (0, step))
-
-    return value
+    known = {entry["step"]: 100 * entry["val_accuracy"] for entry in result["validation"] if entry["stage"] == 0}
+    known[0] = 100 * result["checkpoints"][0]["accuracy"]
+    first = [(i, c["step"]) for i, c in enumerate(result["checkpoints"]) if c["stage"] == 0]
+    return {index: known[step] for index, step in first if step in known}
 
 
 def at_accuracy(measure: str, accuracy: float, layer: str = "paper") -> Callable[[dict], float | None]:
@@ -124,8 +94,7 @@ def at_accuracy(measure: str, accuracy: float, layer: str = "paper") -> Callable
     """
 
     def value(result: dict) -> float | None:
-        for before, after in itertools.pairwise(validated(result)):
-            low, high = (held_out_accuracy(index)(result) for index in (before, after))
+        for (before, low), (after, high) in itertools.pairwise(held_out_accuracies(result).items()):
             if low < accuracy <= high:
                 first, second = (at_checkpoint(measure, index, layer)(result) for index in (before, after))
                 return first + (second - first) * (accuracy - low) / (high - low)
@@ -138,18 +107,12 @@ def at_accuracy(measure: str, accuracy: float, layer: str = "paper") -> Callable
 
 
 class Paired(NamedTuple):
-    """A paired comparison over seeds.
+    """A paired comparison over seeds."""
 
-    Attributes:
-        mean: Mean of the differences.
-        low, high: Its 95 % interval by Student's t; None with one seed.
-        p: Two-sided p of the paired t-test; None with one seed.
-    """
-
-    mean: float
-    low: float | None = None
+    mean: float  # mean of the differences
+    low: float | None = None  # 95 % interval by Student's t; None with one seed
     high: float | None = None
-    p: float | None = None
+    p: float | None = None  # two-sided p of the paired t-test; None with one seed
 
     def __str__(self) -> str:
         words = f"{self.mean:+.1f}"
@@ -196,12 +159,9 @@ class Results:
         return cls({path.stem: json.loads(path.read_text()) for path in paths}, protocol)
 
     def chosen_lr(self, model: str) -> float | None:
-        """Return the learning rate whose sweep ended with the best held-out accuracy, or None if a sweep is missing.
-
-        On a tie, the smaller rate wins.
-        """
+        """Return the learning rate whose sweep ended with the best accuracy, or None if a sweep is missing."""
         scores = self.sweeps(model)
-        return max(scores, key=scores.get) if len(scores) == len(self.protocol.lrs) else None
+        return max(scores, key=scores.get) if len(scores) == len(self.protocol.lrs) else None  # the smaller on a tie
 
     def sweeps(self, model: str) -> dict[float, float]:
         """Return the held-out accuracy of each finished sweep: learning rate → accuracy."""
@@ -244,11 +204,8 @@ class Results:
 
     def with_measure(self, name: str) -> list[str]:
         """Return the models that have R^c ("coding_rate") or "sparsity"."""
-
-        def has(result: dict) -> bool:
-            return any(name in row for row in result["checkpoints"][-1]["white_box"])
-
-        return [model for model in self.models if all(self.by_seed(model, has))]
+        found = self.by_model(lambda result: any(name in row for row in result["checkpoints"][-1]["white_box"]))
+        return [model for model, has in found.items() if all(has)]
 
     def coarse_measures(self) -> list[str]:
         """Return the measures of `COARSE` that all checkpoints have; those of the first protocol have no AP."""
@@ -262,11 +219,8 @@ class Results:
 
     def common_accuracy(self) -> float:
         """Return the highest accuracy in percent that every run of the `ranked` models reached in the first stage."""
-
-        def best(result: dict) -> float:
-            return max(held_out_accuracy(index)(result) for index in validated(result))
-
-        return min(value for model in self.ranked for value in self.by_seed(model, best))
+        learned = [found for model in self.ranked for found in self.by_seed(model, held_out_accuracies)]
+        return min(max(found.values()) for found in learned)
 
     @property
     def ranked(self) -> list[str]:
@@ -274,11 +228,10 @@ class Results:
         return [model for model in ORDER if model in self.models]
 
     def claims(self, measure: str = "", accuracy: float | None = None) -> list[Claim]:
-        """Decide the protocol's statements by its rules; needs a common seed of CRATE and ViT.
+        """Decide the protocol's statements by its rules, with a key of `COARSE` or the primary measure.
 
-        Args:
-            measure: A key of `COARSE`; empty for the protocol's primary measure.
-            accuracy: Compare runs where they first reached this accuracy, in percent; at their ends when None.
+        Runs are compared where they first reached an accuracy in percent, or at their ends. CRATE and ViT need a
+        common seed.
         """
         measure = measure or self.protocol.primary
         scores = self.by_model(at_checkpoint(measure) if accuracy is None else at_accuracy(measure, accuracy))

@@ -51,26 +51,16 @@ _FORKSERVER.set_forkserver_preload(["crate_fast.eval.emergence.runs"])
 
 @dataclass(frozen=True)
 class Folders:
-    """Folders of an experiment.
+    """Folders of an experiment."""
 
-    Attributes:
-        output: Runs and unfinished scores; large, and not needed after a run has its result.
-        report: Results, pictures and the report; small, and enough to write the report again.
-        cifar10: CIFAR-10, or None.
-    """
-
-    output: Path
-    report: Path
+    output: Path  # runs and unfinished scores; large, and not needed after a run has its result
+    report: Path  # results, pictures and the report; small, and enough to write the report again
     cifar10: Path | None = None
 
     @property
     def photographs(self) -> Path:
         """Folder of the photographs of `data.prepare_photographs`."""
         return self.output / "data"
-
-    def data_dir(self, run: Run) -> Path | None:
-        """Return the folder of a run's training data."""
-        return self.cifar10 if run.kind == "cifar10" else self.photographs
 
     def result(self, run: Run) -> Path:
         """Return the result file of a run."""
@@ -86,11 +76,9 @@ class Folders:
 
 
 class Resources:
-    """Devices and number of parallel runs; on a CPU without bf16 products, all runs train in fp32.
+    """Devices and number of parallel runs, by default one per CPU core or four per GPU; "cuda" means all GPUs.
 
-    Args:
-        device: "auto", "cpu", "cuda" for all GPUs, or "cuda:N".
-        jobs: Number of parallel runs; None means one per CPU core, or four per GPU.
+    On a CPU without bf16 products, all runs train in fp32.
     """
 
     def __init__(self, device: str, jobs: int | None = None):
@@ -129,18 +117,10 @@ class Job(NamedTuple):
 
 
 def run_experiment(protocol: Protocol, folders: Folders, resources: Resources, minutes: float | None = None) -> bool:
-    """Complete all unfinished runs of an experiment.
+    """Complete all unfinished runs of an experiment; the folders hold no runs of another protocol.
 
-    Args:
-        folders: Folders without runs of another protocol.
-        minutes: Time limit; None means no limit.
-
-    Returns:
-        True when all runs are done; False after the time limit or a signal. The same call then resumes.
-
-    Raises:
-        CheckpointError: Another process runs an experiment in these folders.
-        UserError: A run failed; the message names it and its log. Finished runs are kept.
+    Return True when all runs are done, and False after `minutes` or a signal; the same call then resumes. A failed
+    run or another process in these folders is a `UserError`; finished runs are kept.
     """
     with _locked(folders.output), Interruption(signal.SIGINT) as interruption:
         deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -170,7 +150,10 @@ class _Scheduler:
     def __init__(self, protocol: Protocol, folders: Folders, resources: Resources):
         self.protocol, self.folders, self.resources = protocol, folders, resources
         runs = protocol.planned_runs(folders.cifar10 is not None)
-        self.work = {run: _work(protocol, run) for run in runs}
+        self.work = {  # run → number of pixels that it trains on
+            run: sum(stage.steps * stage.batch_size * stage.image_size**2 for stage in protocol.stages_of(run))
+            for run in runs
+        }
         self.waiting = [run for run in runs if not folders.result(run).is_file()]
         self.running: dict[Run, tuple[multiprocessing.Process, str]] = {}  # process and device
         self.origin = provenance() | {"device": str(resources)}  # of the code that the jobs run
@@ -241,19 +224,9 @@ class _Scheduler:
                 self.waiting.append(run)
             else:
                 log = self.folders.log(run)
-                raise UserError(
-                    f"{run.name} ended with status {process.exitcode} and no result:\n{_tail(log)}\nIts log: {log}"
-                )
-
-
-def _tail(log: Path, lines: int = 8) -> str:
-    text = log.read_text(errors="replace") if log.is_file() else ""
-    return "\n".join(text.replace("\r", "\n").splitlines()[-lines:])
-
-
-def _work(protocol: Protocol, run: Run) -> int:
-    """Return the number of pixels that a run trains on."""
-    return sum(stage.steps * stage.batch_size * stage.image_size**2 for stage in protocol.stages_of(run))
+                text = log.read_text(errors="replace") if log.is_file() else ""
+                tail = "\n".join(text.replace("\r", "\n").splitlines()[-8:])
+                raise UserError(f"{run.name} ended with status {process.exitcode} and no result:\n{tail}\nLog: {log}")
 
 
 # --- one run ---
@@ -261,25 +234,20 @@ def _work(protocol: Protocol, run: Run) -> int:
 
 def _run_job(job: Job) -> None:
     """Run a job in this process; the exit status is 0 also after a requested stop."""
+
+    def stop_with_parent() -> None:  # even after SIGKILL
+        multiprocessing.parent_process().join()  # getppid() is the fork server, which lives as long as a job
+        os.kill(os.getpid(), signal.SIGTERM)
+
     stream = os.open(job.folders.log(job.run), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its jobs with SIGTERM
-    _stop_with_parent()
+    threading.Thread(target=stop_with_parent, daemon=True).start()
     torch.set_num_threads(job.settings["threads"])
     with _locked(job.folders.output / "locks" / job.run.name, _LOCK_SECONDS):
         train_and_score(job)
     sys.exit(0)
-
-
-def _stop_with_parent() -> None:
-    """Send SIGTERM to this process when its parent ends, even by SIGKILL."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()  # getppid() is the fork server, which lives as long as a job
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def train_and_score(job: Job) -> None:
@@ -295,15 +263,12 @@ def train_and_score(job: Job) -> None:
 
 
 def _train(job: Job) -> bool:
-    """Train all stages; return False if stopped before the end.
-
-    Raises:
-        UserError: A finished stage in the folder was trained at another learning rate.
-    """
+    """Train all stages; return False if stopped before the end."""
     init = ""
     for number, stage in enumerate(job.protocol.stages_of(job.run)):
         folder = job.folders.stage(job.run, number)
-        data_dir, further = job.folders.data_dir(job.run), job.settings | {"init": init}
+        data_dir = job.folders.cifar10 if job.run.kind == "cifar10" else job.folders.photographs
+        further = job.settings | {"init": init}
         config = job.protocol.training_config(job.run, number, job.lr, data_dir, **further)
         summary = folder / "summary.json"
         if not summary.is_file():
@@ -323,7 +288,11 @@ def _score(job: Job) -> None:
     stages = job.protocol.stages_of(job.run)
     folders = [job.folders.stage(job.run, number) for number in range(len(stages))]
     logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
-    seconds = sum(_seconds(log, stage.batch_size) for log, stage in zip(logs, stages, strict=True))
+    seconds = 0.0  # of all sessions, from the speed of each log interval
+    for log, stage in zip(logs, stages, strict=True):
+        timed = [entry for entry in log if "images_per_s" in entry]
+        for before, entry in zip([{"step": 0}, *timed], timed, strict=False):
+            seconds += (entry["step"] - before["step"]) * stage.batch_size / entry["images_per_s"]
     result = {
         "training_seconds": round(seconds),
         "parameters": json.loads((folders[0] / "summary.json").read_text())["parameters"],
@@ -355,16 +324,6 @@ def _entries(logs: list[list[dict]], *names: str) -> list[dict]:
         for entry in log
         if names[0] in entry
     ]
-
-
-def _seconds(log: list[dict], batch_size: int) -> float:
-    """Return the training time of all sessions in seconds, from the speed of each log interval."""
-    seconds, before = 0.0, 0
-    for entry in log:
-        if "images_per_s" in entry:
-            seconds += (entry["step"] - before) * batch_size / entry["images_per_s"]
-            before = entry["step"]
-    return seconds
 
 
 def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | None:

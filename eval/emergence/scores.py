@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from crate_fast.eval import coarse_segmentation, localization, maskcut, white_box
 from crate_fast.eval.common.images import batches
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.emergence.data import PhotographData, SceneData, spread
-from crate_fast.eval.pca import TooFewPatchesError, foreground, pca_rgb
+from crate_fast.eval.pca import component_colours
 
 _BATCH = 50
 _DIGITS = 6  # decimals of saved scores
@@ -84,32 +83,20 @@ def _rounded(value):
 
 
 def pictures(loaded: LoadedModel, shown: np.ndarray, layers: Sequence[int]) -> dict[str, np.ndarray]:
-    """Return a model's arrays for the figures; the shown images share one PCA.
+    """Return a model's arrays for the figures of images uint8 [8, S, S, 3], which share one PCA.
 
-    Args:
-        loaded: The model, opened at the images' size.
-        shown: uint8 [8, S, S, 3].
-        layers: The layers to read.
-
-    Returns:
-        "attention" float32 [layers, 8, heads, P]; "components" uint8 [layers, 8, P, 3], components 2 to 4 of all
-        patches; "parts" uint8 [layers, 8, P, 3], the first three of the foreground, black elsewhere.
+    "attention" is float32 [layers, 8, heads, P]; "components" uint8 [layers, 8, P, 3], components 2 to 4 of all
+    patches; "parts" uint8 [layers, 8, P, 3], the first three of the foreground, black elsewhere.
     """
     features = loaded.features(torch.from_numpy(shown).permute(0, 3, 1, 2), layers)
-    tokens = [features.keys(layer).cpu() for layer in layers]
-    return {
-        "attention": torch.stack([features.cls_attention(layer) for layer in layers]).float().cpu().numpy(),
-        "components": np.stack([_bytes(pca_rgb(t, first=2)[0]) for t in tokens]),
-        "parts": np.stack([_bytes(_parts(t, features.grid)) for t in tokens]),
+    attention, components, parts = [], [], []
+    for layer in layers:
+        attention.append(features.cls_attention(layer).float().cpu())
+        tokens = features.keys(layer).cpu()
+        components.append(component_colours(tokens, features.grid))
+        found = component_colours(tokens, features.grid, parts=True)
+        parts.append(torch.zeros_like(components[-1]) if found is None else found)  # no foreground: all black
+    colours = {"components": torch.stack(components), "parts": torch.stack(parts)}
+    return {"attention": torch.stack(attention).numpy()} | {
+        name: (255 * values).round().byte().numpy() for name, values in colours.items()
     }
-
-
-def _parts(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    try:
-        return pca_rgb(tokens, foreground(tokens, grid=grid).mask)[0]
-    except TooFewPatchesError:  # no foreground: all black
-        return torch.zeros(*tokens.shape[:2], 3)
-
-
-def _bytes(colours: Tensor) -> np.ndarray:
-    return (255 * colours).round().byte().numpy()

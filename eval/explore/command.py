@@ -21,7 +21,7 @@ import uvicorn
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.models import labels_of, split_label, split_source
-from crate_fast.eval.explore.inspection import Explorer, ModelCache, ModelChoice
+from crate_fast.eval.explore.inspection import Explorer, ModelChoice
 from crate_fast.eval.explore.pictures import Pictures
 from crate_fast.eval.explore.server import application
 from crate_fast.options import PORT, main_of
@@ -35,11 +35,7 @@ _ANY = ("0.0.0.0", "::")
 
 
 def model_choices(specification: str) -> list[ModelChoice]:
-    """Return the menu entries of a model on the command line; for a run, its checkpoints and the untrained model.
-
-    Raises:
-        UserError: The folder holds no checkpoints.
-    """
+    """Return the menu entries of a model on the command line; for a run, its checkpoints and the untrained model."""
     label, source = split_label(specification)
     place, which = split_source(source)
     if which or not Path(place).is_dir() or is_model_folder(place):
@@ -54,16 +50,13 @@ def model_choices(specification: str) -> list[ModelChoice]:
 
 
 def default_choices(runs: Path = Path("runs")) -> tuple[list[ModelChoice], str]:
-    """Return the menu entries without --checkpoint, and a note about them for the page.
-
-    The newest run below `runs` comes first, then the packaged models and their untrained twins.
-    """
+    """Return the menu entries without --checkpoint (newest run, packaged models, their twins), and a note on them."""
     found = [path.parent for path in runs.glob("**/config.yaml") if checkpoint.newest(path.parent / "checkpoints")]
-    choices, note = [], f"The newest run below {runs}/ comes first. Open other models with --checkpoint."
     if found:
-        newest = max(found, key=lambda run: (run / "checkpoints").stat().st_mtime)
-        choices += model_choices(str(newest))
+        choices = model_choices(str(max(found, key=lambda run: (run / "checkpoints").stat().st_mtime)))
+        note = f"The newest run below {runs}/ comes first. Open other models with --checkpoint."
     else:
+        choices = []
         note = (
             f"There is no run below {runs}/. These small models come with the package. Train your own with "
             "crate-fast pretrain, or open one with --checkpoint."
@@ -83,32 +76,27 @@ def open_explorer(options: argparse.Namespace) -> Explorer:
     choices = [choice for name in options.checkpoint or () for choice in model_choices(name)]
     if not choices:
         choices, note = default_choices()
-    models = ModelCache(choices, **opening)
+    explorer = Explorer(choices, note, pictures, **opening)
     try:
-        models.get(0)
+        explorer.model(0)
     except UserError as error:
         others = [choice for choice in choices if choice.group != choices[0].group]
         if options.checkpoint or not others:
             raise
-        models, note = ModelCache(others, **opening), f"The newest run is left out: {error}"
-        models.get(0)
-    return Explorer(models, note, pictures)
+        explorer = Explorer(others, f"The newest run is left out: {error}", pictures, **opening)
+        explorer.model(0)
+    return explorer
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
     """Return a listening socket at the port or, when None, at the first free port from the default on."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    ipv6 = ":" in host
     for candidate in [port] if port else range(PORT, PORT + 50):
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, candidate))
+        try:  # early requests wait for the server
+            family = socket.AF_INET6 if ipv6 else socket.AF_INET
+            return socket.create_server((host, candidate), family=family, dualstack_ipv6=ipv6)
         except (OSError, OverflowError) as error:
-            listener.close()
             last = error
-        else:
-            listener.listen()  # early requests wait for the server
-            return listener
     raise UserError(f"--host {host} --port {port or PORT}: {last}; give another --port or --host") from last
 
 

@@ -4,7 +4,6 @@ import threading
 from typing import NamedTuple
 
 import matplotlib
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from crate_fast.eval.common.images import box_corners
 from crate_fast.eval.common.models import LoadedModel, class_names, open_model
 from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, LRUCache, Pictures
 from crate_fast.eval.maskcut import maskcut
-from crate_fast.eval.pca import TooFewPatchesError, foreground, pca_rgb
+from crate_fast.eval.pca import component_colours
 from crate_fast.layers import ISTA, ODL
 from crate_fast.model import CRATE
 from crate_fast.whitebox import LayerTrace, visit_layers
@@ -25,19 +24,12 @@ _INSPECTIONS_BYTES = 512 * 2**20  # memory for recent inspections
 
 
 class ModelChoice(NamedTuple):
-    """A model in the page's menu.
+    """A model in the page's menu."""
 
-    Attributes:
-        specification: Argument of `models.open_model`.
-        label: Text in the menu.
-        group: Heading in the menu; the checkpoints of a run share it.
-        untrained: True if its weights are random.
-    """
-
-    specification: str
-    label: str
-    group: str
-    untrained: bool = False
+    specification: str  # argument of `models.open_model`
+    label: str  # text in the menu
+    group: str  # heading in the menu; the checkpoints of a run share it
+    untrained: bool = False  # with random weights
 
 
 class OpenModel(NamedTuple):
@@ -48,40 +40,12 @@ class OpenModel(NamedTuple):
     lock: threading.Lock
 
 
-class ModelCache:
-    """Selectable models, opened on first use with `opening` (see `models.open_model`); the latest stay open."""
-
-    def __init__(self, choices: list[ModelChoice], **opening):
-        self.choices, self.opening = choices, opening
-        self.open = LRUCache(_OPEN_MODELS)
-        self._opening = threading.Lock()  # one at a time: initial weights come from the global random generator
-
-    def get(self, number: int) -> OpenModel:
-        """Return a model by its number in the menu.
-
-        Raises:
-            UserError: There is no such number, or the model cannot be opened.
-        """
-        if not 0 <= number < len(self.choices):
-            raise UserError(f"model {number}: give a number from 0 to {len(self.choices) - 1}")
-        return self.open.once(number, self._opening, lambda: self._open(self.choices[number].specification))
-
-    def _open(self, specification: str) -> OpenModel:
-        try:
-            loaded = open_model(specification, **self.opening)
-            return OpenModel(loaded, class_names(specification), threading.Lock())
-        except (TypeError, OSError, RuntimeError) as error:
-            raise UserError(f"{specification} cannot be opened: {error}") from error
-
-
 class Inspection:
     """Maps, curves and masks of one model on one picture, each computed once.
 
-    Attributes:
-        features: Queries and keys of every layer.
-        summary: "grid", "depth", "heads", "layer" (the paper's), "has_cls", "image_size", "parameters"; "coding_rate"
-            and "sparsity" of each layer or None; "patch_sparsity" [L][P] or None; "top", the most probable classes
-            with "class", "name" and "probability", or None.
+    `summary` holds "grid", "depth", "heads", "layer" (the paper's), "has_cls", "image_size", "parameters";
+    "coding_rate" and "sparsity" of each layer or None; "patch_sparsity" [L][P] or None; "top", the most probable
+    classes with "class", "name" and "probability", or None.
     """
 
     def __init__(self, features: Features, summary: dict):
@@ -92,57 +56,63 @@ class Inspection:
     @property
     def bytes(self) -> int:
         """Memory of the tokens in bytes."""
-        tensors = [tensor for layer in self.features.layers.values() for tensor in (layer.queries, layer.keys)]
-        storages = [tensor.untyped_storage() for tensor in tensors]  # tensors may share a storage
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        layers = self.features.layers.values()
+        storages = [tensor.untyped_storage() for layer in layers for tensor in (layer.queries, layer.keys)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # some are shared
 
     def attention(self, layer: int, patch: int | None) -> dict:
         """Return the attention of a patch, or of CLS when None, in all heads of a layer: "heads" [H][P]."""
         found = self.features.cls_attention(layer) if patch is None else self.features.patch_attention(layer, patch)
-        return {"heads": _rounded(found[0].cpu().numpy())}
+        return {"heads": _rounded(found[0])}
 
     def components(self, which: str) -> dict:
         """Return principal components as colours: "layers" [L][3·P] from 0 to 255, None for too few patches."""
         if which not in COMPONENTS:
             raise UserError(f"components {which!r}: choose one of {', '.join(COMPONENTS)}")
+
+        def colours(layer: int) -> list[int] | None:
+            tokens = self.features.keys(layer).float().cpu()
+            found = component_colours(tokens, self.features.grid, which == "parts")
+            return None if found is None else (255 * found[0]).round().byte().flatten().tolist()
+
         layers = sorted(self.features.layers)
-        return self._found.once(
-            which, self._components, lambda: {"layers": [self._colours(layer, which) for layer in layers]}
-        )
+        return self._found.once(which, self._components, lambda: {"layers": list(map(colours, layers))})
 
     def masks(self, layer: int) -> dict:
         """Run MaskCut: "masks" [n][P] of 0 or 1; "boxes" [n] as [left, top, right, bottom] in patches; n ≤ 3."""
-        return self._found.once(layer, self._masks, lambda: self._cut(layer))
 
-    def _colours(self, layer: int, which: str) -> list[int] | None:
-        tokens = self.features.keys(layer).float().cpu()
-        try:
-            mask = foreground(tokens, grid=self.features.grid).mask if which == "parts" else None
-            colours, _ = pca_rgb(tokens, mask, first=1 if which == "parts" else 2)
-        except TooFewPatchesError:
-            return None
-        return (255 * colours[0]).round().byte().flatten().tolist()
+        def cut() -> dict:
+            found = maskcut(self.features.keys(layer).float().cpu(), grid=self.features.grid).masks[0]
+            masks = found[found.flatten(1).any(dim=1)]
+            return {"masks": masks.flatten(1).int().tolist(), "boxes": box_corners(masks).tolist()}
 
-    def _cut(self, layer: int) -> dict:
-        found = maskcut(self.features.keys(layer).float().cpu(), grid=self.features.grid).masks[0]
-        masks = found[found.flatten(1).any(dim=1)]
-        return {"masks": masks.flatten(1).int().tolist(), "boxes": box_corners(masks).tolist()}
+        return self._found.once(layer, self._masks, cut)
 
 
 @torch.inference_mode()
 def inspect(opened: OpenModel, image: Tensor) -> Inspection:
-    """Run a model on one picture, uint8 [3, S, S]. Hold the model's lock, because hooks read its layers.
-
-    Raises:
-        UserError: The model's output is not finite.
-    """
+    """Run a model on one picture, uint8 [3, S, S]. Hold the model's lock, because hooks read its layers."""
     loaded = opened.loaded
     model, extract = loaded.model, loaded.extract
     pixels = loaded.normalize(image.unsqueeze(0).to(loaded.device))
+    rates: list[float] = []
+    nonzeros: list[Tensor] = []  # share of each token, by layer
     if isinstance(model, CRATE):
-        features, logits, measures = _inspect_crate(loaded, pixels)
+        tokens: dict[int, LayerTokens] = {}
+
+        def visit(trace: LayerTrace) -> None:
+            tokens[trace.index] = LayerTokens(trace.queries, trace.keys, trace.scale)
+            if trace.tied:
+                rates.append(trace.coding_rate().item())
+            if isinstance(trace.sparsifier.fn, ISTA | ODL):
+                nonzeros.append((trace.code()[0] != 0).float().mean(dim=1))
+
+        final = visit_layers(model, pixels, visit)
+        features, logits = Features(extract.grid, tokens), model.forward_head(final)
     else:
-        features, logits, measures = extract(pixels, range(extract.depth)), model(pixels), {}
+        features, logits = extract(pixels, range(extract.depth)), model(pixels)
+    if not logits.isfinite().all():
+        raise UserError(f"the output of {loaded.label} holds NaN or infinity: use an undamaged checkpoint")
     summary = {
         "grid": list(features.grid),
         "depth": extract.depth,
@@ -151,67 +121,42 @@ def inspect(opened: OpenModel, image: Tensor) -> Inspection:
         "has_cls": extract.has_cls,
         "image_size": extract.image_size[0],
         "parameters": loaded.facts["parameters"],
-        **{name: measures.get(name) for name in ("coding_rate", "sparsity", "patch_sparsity")},
-        "top": _top_classes(opened, logits),
+        "coding_rate": rates or None,
+        "sparsity": [share.mean().item() for share in nonzeros] or None,
+        "patch_sparsity": [_rounded(share[1:]) for share in nonzeros] or None,
+        "top": None,
     }
+    if logits.dim() == 2 and getattr(model, "num_classes", 0):
+        names = opened.classes or []
+        values, classes = logits.float().softmax(dim=-1)[0].topk(min(5, logits.shape[-1]))
+        summary["top"] = [
+            {"class": i, "name": names[i] if i < len(names) else f"class {i}", "probability": value}
+            for i, value in zip(classes.tolist(), values.tolist(), strict=True)
+        ]
     return Inspection(features, summary)
 
 
-def _inspect_crate(loaded: LoadedModel, pixels: Tensor) -> tuple[Features, Tensor, dict]:
-    tokens: dict[int, LayerTokens] = {}
-    rates: list[float] = []
-    nonzeros: list[Tensor] = []
-
-    def visit(trace: LayerTrace) -> None:
-        tokens[trace.index] = LayerTokens(trace.queries, trace.keys, trace.scale)
-        if trace.tied:
-            rates.append(trace.coding_rate().item())
-        if isinstance(loaded.model.transformer.layers[trace.index][1].fn, ISTA | ODL):
-            nonzeros.append((trace.code()[0] != 0).float().mean(dim=1).cpu())
-
-    final = visit_layers(loaded.model, pixels, visit)
-    measures: dict = {"coding_rate": rates} if rates else {}
-    if nonzeros:
-        by_token = torch.stack(nonzeros)  # [L, 1 + P]
-        measures["sparsity"] = by_token.mean(dim=1).tolist()
-        measures["patch_sparsity"] = _rounded(by_token[:, 1:].numpy())
-    return Features(loaded.extract.grid, tokens), loaded.model.forward_head(final), measures
-
-
-def _top_classes(opened: OpenModel, logits: Tensor, count: int = 5) -> list[dict] | None:
-    """Return the most probable classes; None without a classifier."""
-    if not logits.isfinite().all():
-        raise UserError(f"the output of {opened.loaded.label} holds NaN or infinity: use an undamaged checkpoint")
-    if logits.dim() != 2 or not getattr(opened.loaded.model, "num_classes", 0):
-        return None
-    names = opened.classes or []
-    values, classes = logits.float().softmax(dim=-1)[0].topk(min(count, logits.shape[-1]))
-    return [
-        {"class": number, "name": names[number] if number < len(names) else f"class {number}", "probability": value}
-        for number, value in zip(classes.tolist(), values.tolist(), strict=True)
-    ]
-
-
-def _rounded(array: np.ndarray) -> list:
-    return array.astype(np.float64).round(9).tolist()
+def _rounded(values: Tensor) -> list:
+    return values.cpu().double().numpy().round(9).tolist()
 
 
 class Explorer:
-    """Models, a note about them for the page, pictures, and recent inspections.
+    """Models, a note about them for the page, pictures, and recent inspections; thread-safe, without sessions.
 
-    It is thread-safe and keeps no state per user.
+    Models are opened on first use, with `opening` of `models.open_model`; the latest stay open.
     """
 
-    def __init__(self, models: ModelCache, note: str, pictures: Pictures):
-        self.models, self.note, self.pictures = models, note, pictures
+    def __init__(self, choices: list[ModelChoice], note: str, pictures: Pictures, **opening):
+        self.choices, self.note, self.pictures, self.opening = choices, note, pictures, opening
+        self.models = LRUCache(_OPEN_MODELS)
         self.inspections = LRUCache(_INSPECTIONS_BYTES, size=lambda inspection: inspection.bytes)
+        self._opening = threading.Lock()  # one at a time: initial weights come from the global random generator
 
     def setup(self) -> dict:
         """Return the initial data of the page: models, pictures, notes, colour map, largest upload in bytes."""
         colours = (255 * matplotlib.colormaps["viridis"](range(256))[:, :3]).round().astype(int)  # even in lightness
-        names = ("label", "group", "untrained")
         return {
-            "models": [{name: getattr(choice, name) for name in names} for choice in self.models.choices],
+            "models": [{"label": m.label, "group": m.group, "untrained": m.untrained} for m in self.choices],
             "model_note": self.note,
             "pictures": self.pictures.listing(),
             "picture_note": self.pictures.note,
@@ -219,17 +164,30 @@ class Explorer:
             "largest_upload": MAX_UPLOAD_BYTES,
         }
 
-    def inspection(self, model: int, picture: str) -> Inspection:
-        """Return the inspection of a picture (an id) by a model (a number).
+    def model(self, number: int) -> OpenModel:
+        """Return a model by its number in the menu."""
+        if not 0 <= number < len(self.choices):
+            raise UserError(f"model {number}: give a number from 0 to {len(self.choices) - 1}")
+        specification = self.choices[number].specification
 
-        A cached inspection is returned without waiting for a busy model.
-        """
+        def make() -> OpenModel:
+            try:
+                loaded = open_model(specification, **self.opening)
+                return OpenModel(loaded, class_names(specification), threading.Lock())
+            except (TypeError, OSError, RuntimeError) as error:
+                raise UserError(f"{specification} cannot be opened: {error}") from error
+
+        return self.models.once(number, self._opening, make)
+
+    def inspection(self, model: int, picture: str) -> Inspection:
+        """Return the inspection of a picture (an id) by a model (a number)."""
         key = (model, picture)
-        found = self.inspections.get(key)
+        found = self.inspections.get(key)  # without waiting for a busy model
         if found is None:
-            opened = self.models.get(model)
-            size = opened.loaded.extract.image_size[0]
-            found = self.inspections.once(
-                key, opened.lock, lambda: inspect(opened, self.pictures.pixels(picture, size))
-            )
+            opened = self.model(model)
+
+            def make() -> Inspection:
+                return inspect(opened, self.pictures.pixels(picture, opened.loaded.extract.image_size[0]))
+
+            found = self.inspections.once(key, opened.lock, make)
         return found

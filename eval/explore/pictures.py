@@ -30,12 +30,7 @@ _SCENES, _SCENE_SIZE = 12, 256  # number, and side in pixels
 
 
 class LRUCache:
-    """Thread-safe mapping that drops the least recently used values above a total size.
-
-    Args:
-        limit: Maximum total size; the newest value is kept at any size.
-        size: Function that returns the size of a value; 1 by default.
-    """
+    """Thread-safe mapping that drops the least recently used values above a total size, but never the newest."""
 
     def __init__(self, limit: int, size: Callable[[Any], int] = lambda _: 1):
         self.limit, self.size = limit, size
@@ -50,7 +45,7 @@ class LRUCache:
             return self.values.get(key)
 
     def put(self, key: Hashable, value: Any) -> None:
-        """Store a value, and drop the least recently used ones above the limit."""
+        """Store a value."""
         with self._lock:
             self.values[key] = value
             self.values.move_to_end(key)
@@ -59,11 +54,9 @@ class LRUCache:
 
     def once(self, key: Hashable, lock: threading.Lock, make: Callable[[], Any]) -> Any:
         """Return the value of a key; if missing, make it under `lock`, so that threads make it only once."""
-        found = self.get(key)
-        if found is None:
+        if (found := self.get(key)) is None:
             with lock:
-                found = self.get(key)
-                if found is None:
+                if (found := self.get(key)) is None:
                     found = make()
                     self.put(key, found)
         return found
@@ -78,11 +71,7 @@ class UnknownPictureError(UserError):
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """Decode a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file as `read_image` does, to at most 2,048 pixels per side.
-
-    Raises:
-        UnreadablePictureError: The file has another format, is damaged, or has over 50 megapixels or 32-bit channels.
-    """
+    """Decode a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file as `read_image` does, to at most 2,048 pixels per side."""
     try:
         with _DECODING, open_image(io.BytesIO(data), _FORMATS) as file:
             width, height = file.size
@@ -103,21 +92,11 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 
 class Pictures:
-    """Selectable pictures: the images of a folder, or free photographs and scenes; and uploads.
-
-    Args:
-        folder: Folder of images; `free_photographs` and scenes of `shape_scenes` when None.
-
-    Attributes:
-        note: Text above the list on the page, or "".
-
-    Raises:
-        UserError: The folder does not exist or has no images.
-    """
+    """Selectable pictures: the images of a folder, or free photographs and scenes; and uploads."""
 
     def __init__(self, folder: Path | None):
         self._uploads = LRUCache(_UPLOADS_BYTES, size=lambda upload: len(upload[1]))  # id → (name, data)
-        self.note, self._root = "", None
+        self.note, self._root = "", None  # text above the list on the page; resolved folder
         self._known: dict[str, tuple[str, Path | int]]  # id → name, and file or number of the scene
         if folder is None:
             self._known = {f"p{number}": entry for number, entry in enumerate(free_photographs().items())}
@@ -153,12 +132,7 @@ class Pictures:
         return key
 
     def view(self, key: str) -> Image.Image:
-        """Return a picture with its original aspect ratio.
-
-        Raises:
-            UnknownPictureError: No picture has this id.
-            UnreadablePictureError: See `decode`.
-        """
+        """Return a picture with its original aspect ratio."""
         _, place = self._known.get(key, ("", None))
         if isinstance(place, int):
             return Image.fromarray(self.pixels(key, _SCENE_SIZE).permute(1, 2, 0).numpy())
@@ -171,8 +145,7 @@ class Pictures:
         upload = self._uploads.get(key)
         if upload is None:
             raise UnknownPictureError("this picture is not in memory: choose another, or upload it again")
-        name, data = upload
-        return decode(data, name)
+        return decode(upload[1], upload[0])
 
     def pixels(self, key: str, size: int) -> Tensor:
         """Return a picture as model input, uint8 [3, size, size]: scenes are drawn at this size, others squashed."""

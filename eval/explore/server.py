@@ -73,13 +73,8 @@ def _integer(request: Request, name: str, *default: int | None) -> int | None:
     return int(word)
 
 
-async def _answer(compute: Callable, *arguments) -> Response:
-    """Run a function in a worker thread; return its result as JSON, or its UserError."""
-    try:
-        found = await run_in_threadpool(compute, *arguments)
-    except UserError as error:
-        return _error(next(status for kind, status in _STATUS.items() if isinstance(error, kind)), str(error))
-    return found if isinstance(found, Response) else JSONResponse(found)
+def _refusal(_request: Request, error: UserError) -> Response:
+    return _error(next(status for kind, status in _STATUS.items() if isinstance(error, kind)), str(error))
 
 
 async def _body(request: Request) -> bytes | None:
@@ -102,32 +97,10 @@ def _jpeg(pictures: Pictures, request: Request) -> Response:
     return Response(out.getvalue(), media_type="image/jpeg")
 
 
-def _upload(pictures: Pictures) -> Callable:
-    slots = asyncio.Semaphore(_MAX_UPLOADS)
-
-    async def upload(request: Request) -> Response:
-        name = Path(request.query_params.get("name", "")).name[:120] or "the picture"
-        try:
-            async with slots:
-                data = await _body(request)
-        except ClientDisconnect:
-            return _error(400, f"the upload of {name} was interrupted: try again")
-        if data is None:
-            limit = MAX_UPLOAD_BYTES // 2**20
-            return _error(413, f"{name} has more than {limit} MiB: make it smaller", Connection="close")
-        return await _answer(lambda: {"id": pictures.add(data, name), "name": name})
-
-    return upload
-
-
 def application(explorer: Explorer, hosts: Sequence[str] | None = None) -> Starlette:
-    """Build the ASGI application.
-
-    Args:
-        explorer: Source of the answers.
-        hosts: Host names that requests may use; None allows all.
-    """
+    """Build the ASGI application. Requests may use the host names `hosts`; None allows all."""
     names = None if hosts is None else [host.lower() for host in hosts]
+    pictures, slots = explorer.pictures, asyncio.Semaphore(_MAX_UPLOADS)
 
     async def guard(request: Request, answer: RequestResponseEndpoint) -> Response:
         """Add the headers; reject pages of other sites and unknown host names (DNS rebinding)."""
@@ -141,6 +114,18 @@ def application(explorer: Explorer, hosts: Sequence[str] | None = None) -> Starl
         response.headers.update(_HEADERS)
         return response
 
+    async def upload(request: Request) -> Response:
+        name = Path(request.query_params.get("name", "")).name[:120] or "the picture"
+        try:
+            async with slots:
+                data = await _body(request)
+        except ClientDisconnect:
+            return _error(400, f"the upload of {name} was interrupted: try again")
+        if data is None:
+            limit = MAX_UPLOAD_BYTES // 2**20
+            return _error(413, f"{name} has more than {limit} MiB: make it smaller", Connection="close")
+        return JSONResponse({"id": await run_in_threadpool(pictures.add, data, name), "name": name})
+
     def inspection(request: Request) -> Inspection:
         return explorer.inspection(_integer(request, "model"), request.query_params.get("picture", ""))
 
@@ -148,28 +133,26 @@ def application(explorer: Explorer, hosts: Sequence[str] | None = None) -> Starl
         layer, patch = _integer(request, "layer"), _integer(request, "patch", None)
         return inspection(request).attention(layer, patch)
 
-    queries: dict[str, Callable[[Request], dict | Response]] = {
+    queries: dict[str, Callable[[Request], dict]] = {
         "setup": lambda _: explorer.setup(),
-        "picture": lambda request: _jpeg(explorer.pictures, request),
         "summary": lambda request: inspection(request).summary,
         "attention": attention,
         "components": lambda request: inspection(request).components(request.query_params.get("which", "all")),
         "masks": lambda request: inspection(request).masks(_integer(request, "layer")),
     }
 
-    def route(name: str) -> Route:
-        async def handler(request: Request) -> Response:
-            return await _answer(queries[name], request)
-
-        return Route(f"/api/{name}", handler)
+    def endpoint(query: Callable[[Request], dict]) -> Callable[[Request], Response]:
+        return lambda request: JSONResponse(query(request))  # starlette runs it in a worker thread
 
     app = Starlette(
         routes=[
-            *map(route, queries),
-            Route("/api/pictures", _upload(explorer.pictures), methods=["POST"]),
+            *(Route(f"/api/{name}", endpoint(query)) for name, query in queries.items()),
+            Route("/api/picture", lambda request: _jpeg(pictures, request)),
+            Route("/api/pictures", upload, methods=["POST"]),
             Mount("/", StaticFiles(directory=_PAGE, html=True)),
         ],
         middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)],
+        exception_handlers={UserError: _refusal},
     )
     app.router.redirect_slashes = False
     return app

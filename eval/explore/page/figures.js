@@ -11,9 +11,7 @@ const OBJECTS = [[230, 159, 0], [86, 180, 233], [204, 121, 167]];
 // Return the boxes of `count` pictures with titles, in rows of equal length if possible, and the total height.
 function layout(view, count, width, smallest) {
   const most = Math.max(2, Math.floor((width + GAP) / (smallest + GAP)));
-  let rows = 1;
-  while (Math.ceil(count / rows) > most) rows++;
-  const columns = Math.ceil(count / rows);
+  const rows = Math.ceil(count / most), columns = Math.ceil(count / rows);
   const cell = (width - GAP * (columns - 1)) / columns, tall = cell * view.picture.ratio, step = tall + TITLE + GAP;
   const box = (_, index) => [(index % columns) * (cell + GAP), Math.floor(index / columns) * step + TITLE, cell, tall];
   return { boxes: Array.from({ length: count }, box), height: rows * step };
