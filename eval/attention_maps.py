@@ -49,10 +49,17 @@ def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int 
     share adds pixels to those of a smaller share.
 
     Args:
-        images: uint8 [B, C, H, W], which are not changed.
+        images: uint8 [B, C, H, W].
         sigma: Standard deviation, on the scale of 0..255.
         share: Share of noisy pixels, 0 to 1.
+        seed: Not negative.
         first: Number of the first image in its data set.
+
+    Returns:
+        Noisy copies, uint8 [B, C, H, W].
+
+    Raises:
+        UserError: The images are not uint8, or sigma, share or seed is out of range.
 
     >>> add_noise(torch.full((1, 3, 4, 4), 100, dtype=torch.uint8), 20, 0.5, seed=0).ne(100).any(dim=1).sum().item()
     8

@@ -36,9 +36,15 @@ def evaluate(
     measures: Sequence[str] = MEASURES,
     **options,
 ) -> dict[int, dict[str, float]]:
-    """Score one layer of each (optimiser step, model), by default the model's own; all scores are in percent.
+    """Score one layer at each step; all scores are in percent.
 
-    `models` can be a generator that opens them one by one. Arguments and scores are those of `by_layer.evaluate`.
+    Args:
+        models: Pairs (optimiser step, model); a generator can open the models one by one.
+        layer: The layer; each model's default when None.
+        measures, **options: See `by_layer.evaluate`.
+
+    Returns:
+        Step → scores, named as in `by_layer.evaluate`.
     """
     rows = {}
     for step, loaded in models:

@@ -49,7 +49,12 @@ def evaluate(
     seed: int = 0,
     **reading,
 ) -> dict[int, dict[str, float]]:
-    """Score each layer by some of `MEASURES`, in percent; "maskcut" needs images with instances, "coarse" with masks.
+    """Score each layer; all scores are in percent.
+
+    Args:
+        images: Data set with instances for "maskcut" and masks for "coarse". For others see `crate_fast.eval`.
+        measures: Any of `MEASURES`.
+        num_objects, tau: See `maskcut.maskcut`.
 
     Returns:
         Layer → "box AP50", "box AP75", "box AP", "box AR100", the same with "mask", "mIoU topk", "mIoU mass" and

@@ -84,7 +84,18 @@ def knn_predictions(
 ) -> dict[int, Tensor]:
     """Classify by a vote of the k nearest training images with weights exp(cosine / T) (DINO's protocol).
 
-    Training features [n, C] and `labels` [n], from 0, and validation features [m, C] give k → predicted classes [m].
+    Args:
+        train: Training features [n, C].
+        labels: Training classes [n], from 0.
+        val: Validation features [m, C].
+        ks: Numbers of neighbours.
+        temperature: T, above 0.
+
+    Returns:
+        k → predicted classes [m].
+
+    Raises:
+        UserError: A k is below 1 or above n.
 
     >>> knn_predictions(torch.eye(2), torch.tensor([4, 7]), torch.tensor([[0.1, 0.9]]), [1])
     {1: tensor([7])}
@@ -127,9 +138,19 @@ class LinearProbe(NamedTuple):
 
 
 def linear_probe(train: Tensor, labels: Tensor, val: Tensor, seed: int = 0) -> LinearProbe:
-    """Fit scikit-learn's multinomial logistic regression on standardised frozen features, as in `knn_predictions`.
+    """Fit scikit-learn's multinomial logistic regression on standardised frozen features.
 
     C is chosen from `STRENGTHS` on a held-out fifth of the training images. The final fit uses all of them.
+
+    Args:
+        train: Training features [n, C].
+        labels: Training classes [n].
+        val: Validation features [m, C].
+        seed: Seed of the choice of held-out images.
+
+    Raises:
+        UserError: scikit-learn is missing, there are fewer than ten training images, or the images that are not held
+            out have fewer than two classes.
     """
     require("sklearn")
     from sklearn.exceptions import ConvergenceWarning

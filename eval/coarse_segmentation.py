@@ -39,8 +39,14 @@ def evaluate(
 ) -> dict[str, dict]:
     """Score the CLS attention of layers, with both thresholds and by average precision.
 
-    `fraction` is the share of entries or mass kept. Return `AttentionScores.result`; the keys of "by_class" are class
-    numbers.
+    Args:
+        fraction: Share of entries or mass kept. Other arguments: see `crate_fast.eval`.
+
+    Returns:
+        See `AttentionScores.result`; the keys of "by_class" are class numbers.
+
+    Raises:
+        UserError: No image can be scored.
     """
     layers = range(loaded.extract.depth) if layers is None else layers
     scores = segmentation.AttentionScores(fraction, seed)

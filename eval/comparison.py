@@ -28,11 +28,17 @@ NEEDS = {"table1": ("maskcut",), "table2": ("coarse", "maskcut"), "figure4": ("c
 def evaluate(
     loaded: LoadedModel, images: Dataset, measure: str, layer: int | None = None, threshold: str = "topk", **options
 ) -> dict[str, float]:
-    """Score one model at one layer in percent, with the paper's column names; `options` are of `by_layer.evaluate`.
+    """Score one model at one layer in percent, with the paper's column names.
 
-    Return for the measure "maskcut" "box AP50", "box AP75", "box AP", "box AR100", the same with "mask", and "COCO
-    images"; for "coarse" with a threshold ("topk" follows the paper's text) "VOC mIoU", the mIoU of the baselines
-    "mean mask", "random maps" and "constant mask", "attention AP", which needs no threshold, and "VOC images".
+    Args:
+        measure: "maskcut" or "coarse". Other arguments: see `crate_fast.eval`.
+        threshold: Threshold of "coarse"; "topk" follows the paper's text.
+        **options: See `by_layer.evaluate`.
+
+    Returns:
+        For "maskcut": "box AP50", "box AP75", "box AP", "box AR100", the same with "mask", and "COCO images". For
+        "coarse": "VOC mIoU"; the mIoU of the baselines "mean mask", "random maps" and "constant mask"; "attention
+        AP", which needs no threshold; and "VOC images".
     """
     layer = loaded.extract.resolve_layer(layer)
     numbers = by_layer.evaluate(loaded, images, [layer], [measure], **options)[layer]

@@ -50,10 +50,14 @@ _CONNECTIVITY[1] = True
 
 
 def largest_boxes(maps: np.ndarray) -> np.ndarray:
-    """Find the box of the largest connected component of each map [K, h, w], scaled to [0, 1], above each threshold.
+    """Find the box of the largest connected component of each map above each threshold.
 
-    Return [K, T, 4]: left, top, right, bottom in pixels, the last two exclusive; zeros if no pixel is above. Pixels
-    are connected to their eight neighbours.
+    Args:
+        maps: Finite values [K, h, w]; each map is scaled to [0, 1]. Pixels above a threshold are connected to their
+            eight neighbours.
+
+    Returns:
+        [K, T, 4]: left, top, right, bottom in pixels, the last two exclusive; zeros if no pixel is above.
     """
     from scipy.ndimage import find_objects, label
 
@@ -166,7 +170,10 @@ def evaluate(
     seed: int = 0,
     **reading,
 ) -> dict:
-    """Score how well the CLS attention of layers, on maps of `resolution` pixels, localizes the annotated boxes.
+    """Score how well the CLS attention of layers localizes the annotated boxes.
+
+    Args:
+        resolution: Side of the enlarged maps in pixels. Other arguments: see `crate_fast.eval`.
 
     Returns:
         "layers": for each, "layer" and scores as "best_head", "one_head" and "per_head"; "baselines": name → scores

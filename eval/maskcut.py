@@ -199,9 +199,14 @@ def detect(
     crf: bool = False,
     **reading,
 ) -> Iterator[dict]:
-    """Run MaskCut on a data set, for several layers in one pass of the model; `crf` refines masks by `coco.refine`.
+    """Run MaskCut on a data set, for several layers in one pass of the model.
 
-    Yield for each image its "image_id" and "layers", layer → "detections" (COCO results), "residuals" and "solvers".
+    Args:
+        num_objects, tau: See `maskcut`. Other arguments: see `crate_fast.eval`.
+        crf: Refine masks by `coco.refine`, at the model's image size.
+
+    Yields:
+        For each image: "image_id"; "layers", layer → "detections" (COCO results), "residuals" and "solvers".
     """
     for batch in batches(images, **reading):
         features = loaded.features(batch.images, layers)

@@ -39,10 +39,18 @@ class TooFewPatchesError(UserError):
 
 
 def principal_components(tokens: Tensor, count: int, centred: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the leading eigenvectors of ZᵀZ for tokens Z [n, C], float64 [C, count], and their shares of ‖Z‖².
+    """Return the leading eigenvectors of ZᵀZ for tokens Z [n, C], in float64.
 
-    Their entries of largest magnitude are positive. `centred` subtracts the tokens' mean first, as textbooks do; the
-    paper does not.
+    Args:
+        tokens: [n, C].
+        count: Number of eigenvectors.
+        centred: Subtract the tokens' mean first, as textbooks do; the paper does not.
+
+    Returns:
+        (components [C, count], each with a positive entry of largest magnitude; their shares of ‖Z‖² [count]).
+
+    Raises:
+        UserError: C is below `count`, or a token is not finite.
     """
     if tokens.shape[-1] < count:
         raise UserError(f"{count} components need {count} features, not {tokens.shape[-1]}: use a wider model")
@@ -94,6 +102,9 @@ def foreground(
             depends on the norm of the features. "minmax" centres the features and scales the projections to [0, 1],
             as in public demos of DINOv2; scale and offset do not matter, but a single outlier may.
         grid: Rows and columns of patches, at least 3 each; a square when None.
+
+    Raises:
+        UserError: Shapes or settings do not fit.
 
     >>> features = torch.full((1, 16, 2), -1.0)
     >>> features[0, [5, 6, 9]] = 2.0

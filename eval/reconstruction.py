@@ -27,10 +27,16 @@ def evaluate(
 ) -> list[dict]:
     """Measure one model's loss and errors at each mask ratio.
 
-    The masks depend on `seed` and not on the batch size.
+    Args:
+        loaded: A CRATE-MAE. Other arguments: see `crate_fast.eval`.
+        ratios: Mask ratios.
+        seed: Seed of the masks, which do not depend on the batch size.
 
     Returns:
         For each ratio: "mask_ratio", training "loss", "rmse", "rmse_visible_mean", "rmse_image_mean", "images".
+
+    Raises:
+        UserError: The model is not a CRATE-MAE.
     """
     model = _autoencoder(loaded)
     unit = 255 * loaded.normalize.scale

@@ -68,12 +68,18 @@ def trend(values: Sequence[float]) -> dict:
 def evaluate(loaded: LoadedModel, image_batches: Iterable[Batch], epsilon: float = 0.01) -> dict:
     """Measure the white-box curves of one model.
 
-    Measures that are undefined for it are left out; if none remains, no image is read. `epsilon` is ε of R^c.
+    Args:
+        loaded: Any model. Measures that are undefined for it are left out; if none remains, no image is read. Other
+            arguments: see `crate_fast.eval`.
+        epsilon: ε of R^c.
 
     Returns:
         "images", number of images; "layers", for each layer its index "layer" and for each measure the mean over
         images and, with the suffix "_std", the standard deviation; "trends", measure → `trend` of its means;
         "left_out", measure → reason.
+
+    Raises:
+        UserError: ε is not positive.
     """
     reasons = left_out(loaded.model)
     if len(reasons) == len(MEASURES):

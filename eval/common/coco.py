@@ -227,10 +227,19 @@ def detections_of(masks: np.ndarray, image_id: int | str) -> list[dict]:
 
 
 def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Score the boxes ("bbox") and masks ("segm") of COCO results by class-agnostic AP and AR, 12 numbers each.
+    """Score boxes and masks by class-agnostic AP and AR.
 
-    `coco` is an index as completed by `read_annotations`, with any ids and categories. The objects of images without
-    detections count as missed. Scores are from 0 to 1, or −1 if there is no object of that size.
+    Args:
+        coco: Ground truth, pycocotools' `COCO` as completed by `read_annotations`; any ids and categories.
+        detections: COCO results; their categories are ignored.
+        image_ids: Ids of the evaluated images; the objects of images without detections count as missed.
+
+    Returns:
+        "bbox" and "segm", each with AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm and ARl from 0 to 1, or
+        −1 if there is no object of that size, as in pycocotools.
+
+    Raises:
+        UserError: None of the images has an annotated object.
     """
     from pycocotools.cocoeval import COCOeval
 

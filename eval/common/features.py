@@ -152,7 +152,11 @@ class _ViTExtractor(FeatureExtractor):
 def extractor_for(model: nn.Module) -> FeatureExtractor:
     """Return the extractor that fits a model, and put the model in evaluation mode.
 
-    It is a `crate_fast.CRATE` (also an ablation or a CRATE-MAE's encoder) or a timm `VisionTransformer`.
+    Args:
+        model: A `crate_fast.CRATE` (also an ablation or a CRATE-MAE's encoder) or a timm `VisionTransformer`.
+
+    Raises:
+        UserError: The model has another type.
 
     >>> import timm
     >>> extract = extractor_for(timm.create_model("crate_tiny_patch16_224", num_classes=0, depth=3))

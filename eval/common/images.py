@@ -291,7 +291,10 @@ class SceneImages(ImageFiles):
 def open_images(specification: str, size: int, limit: int | None = None) -> Dataset:
     """Open the images named by `--data` (see the module's docstring) as a data set of `Sample`s.
 
-    They are squashed to squares of `size` pixels; the first `limit` images are taken, or all.
+    Args:
+        specification: `KIND:PATH`, shape_scenes or photographs.
+        size: Side of the squashed images, in pixels.
+        limit: Number of images, taken from the start; all when None.
 
     Raises:
         UserError: Images or annotations are missing, the specification is invalid, or the limit is not positive.

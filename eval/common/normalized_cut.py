@@ -117,9 +117,11 @@ def second_eigenvector(
         links: B [batch, P, P], floating point, symmetric, entries 0 or 1; P is at least 2.
         present: Boolean [batch, P]; all when None. An absent patch has affinity ε to all patches: its row and column
             of B count as zero.
-        epsilon, max_steps: ε, and the maximum number of steps of the first solver.
+        epsilon: Affinity of patches that are not linked.
+        max_steps: Maximum number of steps of the first solver.
 
-    An exactly repeated eigenvalue may not be detected; it has no unique vector, and rounding selects one.
+    Returns:
+        `Cut`. An exactly repeated eigenvalue may not be detected; it has no unique vector, and rounding selects one.
 
     Source: Shi and Malik, 2000; Parlett, *The Symmetric Eigenvalue Problem*, ch. 13.
 

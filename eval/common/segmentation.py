@@ -29,6 +29,9 @@ def attention_to_mask(attention: Tensor, threshold: str = "topk", fraction: floa
     Returns:
         Boolean masks [..., P].
 
+    Raises:
+        UserError: The threshold is unknown or the fraction is out of range.
+
     >>> attention_to_mask(torch.tensor([0.7, 0.1, 0.2]), "mass", 0.8)
     tensor([ True, False,  True])
     """
@@ -58,7 +61,9 @@ def mask_to_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
 def intersection_over_union(predicted: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
     """Return |predicted ∩ target| / |predicted ∪ target| over the last dimension, float32; 0 where both are empty.
 
-    Arguments are boolean [..., P] and broadcast against each other; `valid` are the entries to count.
+    Args:
+        predicted, target: Boolean [..., P], broadcast against each other.
+        valid: Boolean [..., P]; entries to count, all when None.
     """
     valid = torch.ones_like(target) if valid is None else valid
     intersection = (predicted & target & valid).sum(dim=-1)
@@ -71,8 +76,15 @@ def average_precision(weights: Tensor, target: Tensor, valid: Tensor | None = No
 
     The precision at an object patch is the object's share of the patches with at least its weight; it is averaged
     over the object's patches. Only the order of the weights matters, so maps of a whole object and of its parts are
-    comparable (Choe et al., *Evaluating Weakly Supervised Object Localization Methods Right*, 2020). Weights and
-    boolean targets [..., P] give float64 [...] in [0, 1], 0 without an object; `valid` are the entries to count.
+    comparable (Choe et al., *Evaluating Weakly Supervised Object Localization Methods Right*, 2020).
+
+    Args:
+        weights: [..., P].
+        target: Boolean [..., P], broadcast against the weights.
+        valid: Boolean [..., P]; entries to count, all when None.
+
+    Returns:
+        float64 [...] in [0, 1]; 0 without an object.
 
     >>> average_precision(torch.tensor([0.5, 0.3, 0.1, 0.1]), torch.tensor([True, False, True, False]))
     tensor(0.7500, dtype=torch.float64)
@@ -93,10 +105,17 @@ _SCORES = {"topk": intersection_over_union, "mass": intersection_over_union, "ap
 
 
 class AttentionScores:
-    """Accumulator of attention-map scores on objects, with baselines; `seed` is that of the random maps.
+    """Accumulator of attention-map scores on objects, with baselines.
 
     The score of an object is the IoU of its mask with that of the best head (paper, Eq. 13). Scores are averaged over
     the objects of an image, then over images (Eq. 14). Average precision is averaged in the same way.
+
+    Args:
+        fraction: See `attention_to_mask`.
+        seed: Seed of the random maps.
+
+    Raises:
+        UserError: The fraction is out of range.
     """
 
     def __init__(self, fraction: float = 0.6, seed: int = 0):
@@ -114,11 +133,14 @@ class AttentionScores:
         valid: Sequence[Tensor] | None = None,
         labels: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """Score a batch of maps, layer → CLS attention [B, H, P].
+        """Score a batch.
 
-        `targets` are for each image its objects' masks on the patch grid, boolean [M, P]; M may be 0. An object
-        without a patch is counted and left out. `valid` are for each image the patches that count, boolean [P], and
-        `labels` its objects' class numbers, for scores by class.
+        Args:
+            maps: Layer → CLS attention [B, H, P].
+            targets: For each image the objects' masks on the patch grid, boolean [M, P]; M may be 0. An object
+                without a patch is counted and left out.
+            valid: For each image the patches that count, boolean [P]; all when None.
+            labels: For each image the objects' class numbers, for scores by class.
         """
         target = torch.cat(list(targets)).cpu()
         seen = target.any(dim=1)
