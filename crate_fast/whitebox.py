@@ -179,8 +179,7 @@ def visit_layers(
                 queries = keys = projected.unflatten(-1, (attention.heads, -1))
             else:
                 queries, keys, _ = projected.unflatten(-1, (3, attention.heads, -1)).unbind(dim=2)
-            tokens = seen.pop("after_mssa"), output
-            visit(LayerTrace(index, queries, keys, tied, attention.scale, *tokens, sparsifier=layer[1]))
+            visit(LayerTrace(index, queries, keys, tied, attention.scale, seen.pop("after_mssa"), output, layer[1]))
 
         return hook
 

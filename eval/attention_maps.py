@@ -222,6 +222,15 @@ def _noise_figures(
     return written
 
 
+def _table(label: str, outcome: dict) -> list[dict]:
+    row = {"model": label, "layer": outcome["layer"]}
+    if outcome["noise"]:
+        names = {"σ": "sigma", "noisy pixels": "share", "correlation": "correlation"}
+        return [row | {title: level[name] for title, name in names.items()} for level in outcome["noise"]]
+    mean = zip(*outcome["mean"].values(), strict=True)
+    return [row | {"head": head, "entropy (nats)": e, "entropy / ln P": n} for head, (e, n) in enumerate(mean)]
+
+
 def _command(options: argparse.Namespace) -> None:
     noise: list[tuple[float, float]] = []
     if options.figure == "noise_sigma":
@@ -264,11 +273,7 @@ def _command(options: argparse.Namespace) -> None:
         by_image = model.maps if model.noisy_maps is None else model.noisy_maps.swapaxes(0, 1)
         np.savez(folder / "attention.npz", **{str(s.key): maps for s, maps in zip(samples, by_image, strict=True)})
         results[loaded.label] = outcome
-        row = {"model": loaded.label, "layer": outcome["layer"]}
-        names = {"σ": "sigma", "noisy pixels": "share", "correlation": "correlation"}
-        rows += [row | {title: level[name] for title, name in names.items()} for level in outcome["noise"]]
-        for head, (e, n) in enumerate(zip(*outcome["mean"].values(), strict=True) if not noise else ()):
-            rows.append(row | {"head": head, "entropy (nats)": e, "entropy / ln P": n})
+        rows += _table(loaded.label, outcome)
     if options.figure == "models":
         evaluation.written += _images_figure(shown, heads, options.style, evaluation.folder)
     evaluation.write_table("attention", rows)

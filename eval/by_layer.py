@@ -24,7 +24,8 @@ def check_measures(
     measures: Sequence[str] | None, loaded: LoadedModel, images: Dataset, specification: str, **settings
 ) -> list[str]:
     """Return the measures, by default all that the data set has annotations for, and check `maskcut`'s settings."""
-    possible = ["maskcut"] * images.has_instances + ["coarse"] * images.labelled
+    annotated = {"maskcut": images.has_instances, "coarse": images.labelled}
+    possible = [name for name in MEASURES if annotated[name]]
     wanted = possible if measures is None else list(measures)
     missing = [name for name in wanted if name not in possible]
     if missing or not wanted:

@@ -145,7 +145,8 @@ class Pictures:
         upload = self._uploads.get(key)
         if upload is None:
             raise UnknownPictureError("this picture is not in memory: choose another, or upload it again")
-        return decode(upload[1], upload[0])
+        name, data = upload
+        return decode(data, name)
 
     def pixels(self, key: str, size: int) -> Tensor:
         """Return a picture as model input, uint8 [3, size, size]: scenes are drawn at this size, others squashed."""
