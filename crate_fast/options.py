@@ -310,7 +310,7 @@ def _emergence() -> argparse.ArgumentParser:
     )
     parser = _parser("reproduce emergence", text)
     add = parser.add_argument
-    sizes = "smoke: minutes; small: one night on two CPU cores; full: a GPU"
+    sizes = "smoke: minutes; small: a night (scenes) or more than a day (photographs) on two CPU cores; full: a GPU"
     add("--size", choices=("smoke", "small", "full"), required=True, help=sizes)
     add("--data", default="shape_scenes", help="shape_scenes (default), or photographs:DIR (DIR/train, DIR/val)")
     add("--boxes", type=Path, help="boxes of DIR/val: COCO's JSON or a folder of XML; default DIR/val_boxes.json")

@@ -49,7 +49,7 @@ SMALL = {  # a command's beginning (the first that fits) → options that make i
     "crate-fast share": "",
     "crate-fast eval coarse_segmentation": "--limit 4 --figure-images 1 --device cpu",
     "python -m crate_fast.train.write_shards": "--workers 1",
-    "python -m crate_fast.env": "",
+    "crate-fast env": "",
     "crate-fast eval classify": "--limit 8 --train-limit 24 --k 1 --device cpu",
     "crate-fast eval maskcut": "--limit 2 --image-size 32 --device cpu",
     "crate-fast eval by_layer": "--limit 2 --image-size 32 --device cpu",

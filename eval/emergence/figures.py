@@ -30,7 +30,7 @@ CAPTIONS = {  # name → caption, in the report's order
     "figure10_by_epoch": "Scores over training at the paper's layer (Fig. 10); 0: the untrained twins.",
     "figure10_components": "Components 2 to 4 over training, CRATE; four images (Fig. 10).",
     "by_accuracy": "Attention's scores at the paper's layer against accuracy on a run's held-out images, one point "
-    "per checkpoint of the first stage.",
+    "per checkpoint before the image size changes.",
     "white_box": "R^c and sparsity by layer; dashed: before training.",
 }
 

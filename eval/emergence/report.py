@@ -286,9 +286,10 @@ def _at_equal_accuracy(results: Results) -> str:
         else "This comparison was added after the results were known, and decides nothing. A dash means that not "
         "every run reached this accuracy."
     )
+    stage = ", in the first stage" if len(protocol.stages) > 1 else ""
     text = (
-        f"Each model when it first classified {accuracy:.1f} % of its held-out {protocol.kind} correctly, in the "
-        "first stage. This is the highest accuracy that every run of Table 2's models reached. Scores are "
+        f"Each model when it first classified {accuracy:.1f} % of its held-out {protocol.kind} correctly{stage}. "
+        "This is the highest accuracy that every run of Table 2's models reached. Scores are "
         f"interpolated between checkpoints, of which the untrained twin is the first. {end}"
     )
     return "\n\n".join([text, *parts])
@@ -308,7 +309,8 @@ def _white_box(results: Results) -> str:
             row[f"{title} falls with depth"] = " · ".join(found["falls"] for found in trends)
         if row:
             rows.append({"model": model, "": when} | row)
-    return "One entry for each seed.\n\n" + markdown_table(rows)
+    words = '"yes": the value falls at every step; "in part": its rank correlation with depth is negative; "no": neither.'
+    return f"One entry for each seed. {words}\n\n{markdown_table(rows)}"
 
 
 # --- the other parts ---
@@ -344,6 +346,6 @@ def _origin(results: Results, size: str) -> str:
         "hours of all runs together": f"{hours:.1f}, {scoring / 3600:.1f} of them scoring",
     }
     for title, name in (("hardware", "device"), ("commits", "commit"), ("torch", "torch")):
-        facts[title] = ", ".join(dict.fromkeys(run["provenance"][name] for run in runs))
+        facts[title] = "; ".join(dict.fromkeys(run["provenance"][name] for run in runs))
     facts |= {name.replace("_", " "): value for name, value in protocol.in_words().items()}
     return markdown_table([{"": name, " ": str(value)} for name, value in facts.items()])

@@ -246,18 +246,18 @@ class Results:
         fixed = self.protocol.fixed_map
         return [
             Claim(
-                "Training makes it: every CRATE scores above its untrained twin",
+                "It comes from training: in every seed CRATE scores above its untrained twin",
                 all(a > b for a, b in zip(crate, untrained, strict=True)),
                 f"{_listed(crate)} against {_listed(untrained)}",
             ),
             Claim(
-                f"It is about the image: every CRATE scores above the objects' {fixed}, a map that is the same for "
-                "all",
+                f"It depends on the image: in every seed CRATE scores above the objects' {fixed}, one map for all "
+                "images",
                 all(value > fixed_map for value in crate),
                 f"{_listed(crate)} against {fixed_map:.1f}",
             ),
             Claim(
-                "It is CRATE's: CRATE scores above ViT, the 95 % interval of the paired difference above 0",
+                "It is specific to CRATE: CRATE scores above ViT, and the 95 % interval of the paired difference is above 0",
                 None if gap.low is None else gap.low > 0,
                 f"{_listed(crate)} against {_listed(vit)}: {gap.mean:+.1f}{interval}",
             ),
