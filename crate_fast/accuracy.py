@@ -12,13 +12,9 @@ import torch
 from torch import Tensor
 
 
-def token_scale(n_tokens: int, dim: int, scale: float | None = None) -> float:
-    """Return the standard deviation at which tied attention is neither uniform nor the identity: sqrt(ln N / (s·D)).
-
-    For the default s = D^-1/2 this is sqrt(ln N / sqrt(D)).
-    """
-    scale = dim**-0.5 if scale is None else scale
-    return math.sqrt(max(math.log(n_tokens), 0.5) / (scale * dim))
+def token_scale(n_tokens: int, dim: int) -> float:
+    """Return the deviation at which tied attention is neither uniform nor the identity: sqrt(ln N / sqrt(D))."""
+    return math.sqrt(max(math.log(n_tokens), 0.5) / math.sqrt(dim))
 
 
 def spread_tokens(

@@ -21,6 +21,7 @@ from crate_fast.errors import UserError
 from crate_fast.isolation import Job, Process, run_jobs, tail
 from crate_fast.options import main_of
 from crate_fast.probes import CHECKED, PROBES, find_probe
+from crate_fast.settings import usable_cores
 
 JOBS = 4  # maximum number of parallel probes
 PROBE_BYTES = 3 * 2**30  # GPU memory for each of them
@@ -29,7 +30,7 @@ LOG_LINES = 60  # lines of a process's output in a report
 
 
 def _jobs(interpreter: bool) -> int:
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     fitting = cores if interpreter else torch.cuda.mem_get_info()[0] // PROBE_BYTES
     return max(1, min(JOBS, cores, fitting))
 

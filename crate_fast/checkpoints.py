@@ -227,6 +227,8 @@ def _unreleased(model: CRATE | CRATEMAE) -> str:
             "sparsity": (getattr(sparsify, "lambd", 0.1), 0.1),
             "pool": (model.pool, "cls", "cls" if alpha else "mean"),
             "layer_eps": (layer[0].norm.eps, 1e-6 if alpha else 1e-5),
+            "norm_eps": (getattr(model.mlp_head[0], "eps", None), 1e-5),
+            "num_classes": (model.num_classes, model.num_classes or 1),
             "output_bias": (attend.to_out[0].bias is not None if mapped else not alpha, not alpha),
             "embed_norm": (model.embed_norm, not alpha),
         }
@@ -237,7 +239,6 @@ def _unreleased(model: CRATE | CRATEMAE) -> str:
                 "odl_steps": (sparsify.steps, 2),
                 "odl_ratio": (sparsify.D.shape[1] // sparsify.D.shape[0], 4),
                 "ista": (sparsify.step_size, 0.1),
-                "norm_eps": (model.mlp_head[0].eps, 1e-5),
                 "head_hidden": (model.head_hidden, False),
             }
     if isinstance(model, CRATEMAE) or alpha:

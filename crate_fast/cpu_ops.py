@@ -13,7 +13,10 @@ Attention saves only w for backward:
 * Forward is PyTorch's SDPA in fp32 with MKL. SDPA's backward pass is not used: it computes rowsum(P∘dP) as
   rowsum(O∘dO), whose rounding does not cancel against dP's. Its fp32 error was up to 2.9 times that of eager PyTorch.
 * Up to 255 tokens, and in bf16: batched products over the heads of a few images.
-* More tokens: one head at a time. Up to 1,024 tokens with MKL, all logits in four products; else blocks of rows.
+* 256 to 1,024 tokens with MKL: one head at a time, with all its logits, in four products.
+* Otherwise blocks of rows: of one head by oneDNN (on Zen 4 too), of all heads of an image by MKL.
+
+ODL's gradients of weights use oneDNN wherever forward does.
 """
 
 import functools
@@ -343,7 +346,7 @@ def _attention(rows: Tensor, tokens: Tensor, scale: float, buffers: dict[str, Te
 
 
 def _grad_logits(attention: Tensor, grads: Tensor, tokens: Tensor, buffers: dict[str, Tensor]) -> Tensor:
-    """Return dL [b·H, rows, N] of the same rows."""
+    """Return dL [b·H, rows, N] for the rows of `attention` and `grads`."""
     block = _block(buffers, "dL", grads, tokens)
     torch.bmm(grads, tokens.transpose(1, 2), out=block)
     return torch._softmax_backward_data(block, attention, -1, attention.dtype, grad_input=block)
@@ -370,7 +373,7 @@ def _whole_heads_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: 
 
 
 def _row_blocks_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: dict[str, Tensor]) -> Tensor:
-    """Return the same in five products, in blocks of rows; each product adds to dW in place."""
+    """Return dW [b·H, N, D] of several heads in five products, in blocks of rows; each adds to dW in place."""
     out = torch.zeros_like(tokens)
     n_rows = max(64, GROUP_ELEMENTS[tokens.dtype] // (len(tokens) * tokens.shape[1]))
     blocks = (heads.split(n_rows, dim=1) for heads in (tokens, grads, out))

@@ -359,8 +359,9 @@ def _export(options: argparse.Namespace) -> None:
     from crate_fast.eval.common.results import file_name, make_folder
 
     loaded = open_model(options.model, "cpu", options.image_size, options.model_args, options.seed)
-    if options.model_args and loaded.config is not None:
-        raise UserError(f"--model-args {' '.join(options.model_args)}: a run records its own model; leave them out")
+    if options.model_args and not loaded.facts["model_args"]:
+        words = " ".join(options.model_args)
+        raise UserError(f"--model-args {words}: runs and shared models have their own settings; leave them out")
     if not isinstance(loaded.model, CRATE):
         raise UserError(
             f"{loaded.facts['model']} is a {type(loaded.model).__name__} of timm: crate-fast exports CRATE, its "

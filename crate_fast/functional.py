@@ -38,12 +38,12 @@ _AUTO = "Use backend='auto' or backend='torch'."
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensor(name: str, tensor: Tensor, rank: str, ok: bool) -> None:
-    """Raise unless `tensor` is a floating-point tensor and `ok`; `rank` is the expected shape, for the message."""
+def check_tensor(name: str, tensor: Tensor, shape: str, ok: bool) -> None:
+    """Raise unless `tensor` is a floating-point tensor and `ok`; `shape` is the expected one, for the message."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}: pass a torch.Tensor {rank}")
+        raise TypeError(f"{name} is a {type(tensor).__name__}: pass a torch.Tensor {shape}")
     if not ok:
-        raise UserError(f"{name} has shape {tuple(tensor.shape)}: pass {rank}")
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}: pass {shape}")
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name} is {tensor.dtype}: cast it to float16, bfloat16, float32 or float64")
 
@@ -55,6 +55,14 @@ def check_beside(x: Tensor, *, any_dtype: bool = False, **tensors: Tensor) -> No
             raise UserError(f"{name} is on {tensor.device} and x on {x.device}: move one to the other's device")
         if tensor.dtype != x.dtype and not any_dtype and not autocast_enabled(x.device.type):
             raise TypeError(f"{name} is {tensor.dtype} and x {x.dtype}: cast one to the other's dtype")
+
+
+def check_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Raise unless a LayerNorm's weight and bias are [C] on x's device; they may stay in fp32."""
+    for name, channel in (("weight", weight), ("bias", bias)):
+        fits = isinstance(channel, Tensor) and channel.shape == x.shape[-1:]
+        check_tensor(name, channel, f"[C] = [{x.shape[-1]}]", fits)
+    check_beside(x, any_dtype=True, weight=weight, bias=bias)
 
 
 def subspace_attention(
@@ -88,7 +96,7 @@ def subspace_attention(
     check_not_negative(scale=scale)
     if dropout_p > 0.0 and backend == "triton":
         raise UserError(f"backend='triton' with dropout_p={dropout_p}: the kernels have no dropout. {_AUTO}")
-    if dropout_p == 0.0 and resolve_backend(w, backend, head_dim=w.shape[-1]) == "triton":
+    if resolve_backend(w, backend, head_dim=w.shape[-1]) == "triton" and dropout_p == 0.0:
         return triton_ops.subspace_attention_fwd(w.to(compute_dtype(w)), scale)[0]
     if dropout_p == 0.0 and cpu_ops.serves_attention(w):
         return cpu_ops.cpu_subspace_attention(w, scale)
@@ -103,14 +111,12 @@ def pytorch_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: floa
     The fused operator has no forward-mode or second derivative. In bf16 on a CPU its backward pass takes up to eight
     times as long.
     """
-    if torch.jit.is_scripting():
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
-    elif being_transformed() or cpu_ops.products_suit(query):
-        with without_autocast(query.device.type):  # on a CPU it would run softmax in fp32
-            attention = (scale * query @ key.transpose(-2, -1)).softmax(-1)
-            return F.dropout(attention, dropout_p) @ value
-    else:
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
+    if not torch.jit.is_scripting():  # noqa: SIM102  (skipped by TorchScript)
+        if being_transformed() or cpu_ops.products_suit(query):
+            with without_autocast(query.device.type):  # on a CPU it would run softmax in fp32
+                attention = (scale * query @ key.transpose(-2, -1)).softmax(-1)
+                return F.dropout(attention, dropout_p) @ value
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
 
 
 def compress(
@@ -130,7 +136,7 @@ def compress(
     """Return the first half of a layer, h = x + MSSA(LayerNorm(x)) (paper, Eq. 5, with the released skip connection).
 
     The kernels save for backward the normalised rows, the subspace tokens W and the attention output in the dtype of
-    the products, and a few numbers per row.
+    the products, and a few numbers per row; in the paper's form under autocast, also x.
 
     Args:
         x: Tokens [B, N, C].
@@ -230,10 +236,7 @@ def ista(
     check_choice("threshold", threshold, THRESHOLDS)
     gamma, beta, eps = norm or (None, None, 0.0)
     if norm is not None:
-        for name, channel in (("weight", gamma), ("bias", beta)):
-            fits = isinstance(channel, Tensor) and channel.shape == x.shape[-1:]
-            check_tensor(name, channel, f"[C] = [{width}]", fits)
-        check_beside(x, any_dtype=True, weight=gamma, bias=beta)  # LayerNorm weights may stay in fp32
+        check_norm(x, gamma, beta)
     if resolve_backend(x, backend) != "triton":
         x = x if norm is None else F.layer_norm(x, (width,), gamma, beta, eps)
         return _folded_ista(x, dictionary, step_size, sparsity, threshold)
@@ -300,8 +303,8 @@ def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: floa
     """Compute ISTA in PyTorch, on any device."""
     shift = step_size * sparsity
     width = x.shape[-1]
-    # With few tokens, (x − xDᵀ)D, two products with x, is cheaper than the C×C×C product of folding. Traced and
-    # exported graphs use this form for any number of tokens.
+    # With few tokens, two products with x, for (x − xDᵀ)D, are cheaper than the C×C×C product that folds D. Traced
+    # and exported graphs use this form for any number of tokens.
     if being_written() or ((n_tokens := x.shape[:-1].numel()) < width and not _is_kept(dictionary)):
         residual = x - linear(x, dictionary).to(x.dtype)
         u = x + step_size * linear(residual, dictionary.t()).to(x.dtype)
@@ -368,8 +371,9 @@ def cached_dictionaries():
     Use it for gradient accumulation (forward and backward of all micro-batches), activation checkpointing, evaluation
     loops and serving. Dictionaries must not change inside. An optimizer step and a change that PyTorch tracks
     (`load_state_dict`) raise an error; an untracked one (`parameter.data.add_(…)`) is not detected. Only
-    `nn.Parameter`s are cached. Outside, in compiled code and during the capture of a CUDA graph, every call folds
-    again. Inference on a CPU needs no scope: it keeps G until the dictionary changes.
+    `nn.Parameter`s are cached. Every call folds again outside, in compiled code, during the capture of a CUDA graph,
+    and without the kernels in a pass that computes the dictionary's gradient. Inference on a CPU needs no scope: it
+    keeps G until the dictionary changes.
 
     >>> with cached_dictionaries():
     ...     pass  # for batch in batches: model(batch)
@@ -435,18 +439,20 @@ _kept_folds = WeakIdKeyDictionary()  # D → (its fingerprint, G)
 
 
 @functools.cache
-def _random_vector(n_elements: int) -> Tensor:
-    return torch.randn(n_elements, generator=torch.Generator().manual_seed(0))
+def _random_vector(n_elements: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(n_elements, dtype=dtype, generator=torch.Generator().manual_seed(0))
 
 
 def _kept(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
     """Return G of a dictionary on a CPU; fold it again if it has changed since the last call.
 
     PyTorch's version counter shows most changes; the product with a fixed random vector shows the others, such as
-    `parameter.data.add_`. It takes 1/50 of the layer's time for one image.
+    `parameter.data.add_`, down to its rounding. It takes 1/50 of the layer's time for one image.
     """
-    values = dictionary.detach().float().reshape(-1)
-    fingerprint = (step_size, dtype, _version(dictionary), torch.dot(values, _random_vector(values.numel())).item())
+    values = dictionary.detach().reshape(-1)
+    values = values if values.dtype == torch.float64 else values.float()
+    product = torch.dot(values, _random_vector(values.numel(), values.dtype)).item()
+    fingerprint = (step_size, dtype, _version(dictionary), product)
     known, folded = _kept_folds.get(dictionary, (None, None))
     if known != fingerprint:
         with torch.inference_mode(False), torch.no_grad():

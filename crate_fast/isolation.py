@@ -134,7 +134,7 @@ def run_jobs(
     parallel: int,
     soft: float,
 ) -> list[Job]:
-    """Run jobs, the most important first and `parallel` at a time; return those that were not started.
+    """Run jobs in the given order, `parallel` at a time; return those that were not started.
 
     `start` starts a job, and `check` of its process enforces the limits. `done` is called with each process that has
     ended, and returns more jobs to run. No job is started after `soft`, a value of `time.monotonic()`.
@@ -154,11 +154,11 @@ def run_jobs(
     return list(queue)
 
 
-def tail(path: Path, lines: int = 12, most: int = 4000) -> str:
+def tail(path: Path, lines: int = 12) -> str:
     """Return the end of a text file."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - most))
+            file.seek(max(0, path.stat().st_size - 350 * lines))
             text = file.read().decode(errors="replace")
     except OSError:
         return ""

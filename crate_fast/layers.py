@@ -81,9 +81,9 @@ class Linear(nn.Linear):
 
 @torch.fx.wrap
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Return LayerNorm(x) over the last dimension; under `torch.func`, in the weight's dtype.
+    """Return LayerNorm(x) over the last dimension; in a transform, in the weight's dtype.
 
-    There PyTorch cannot differentiate a LayerNorm of half-precision input (from autocast) with fp32 weights.
+    PyTorch cannot differentiate a LayerNorm of half-precision input (from autocast) with fp32 weights there.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  (skipped by TorchScript)
         if being_transformed():
@@ -92,7 +92,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 class EmbeddingNorm(nn.LayerNorm):
-    """LayerNorm after the patch projection, the only one with half-precision input under autocast."""
+    """LayerNorm after the patch projection: in `CRATE` the only one with half-precision input under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
@@ -142,14 +142,16 @@ class MSSA(_Attention):
 
     def fuses(self, x: Tensor) -> bool:
         """Return True if `compress` can use the kernels for x: no active dropout, and no hook on a submodule."""
-        if type(self.qkv) is not Linear or not isinstance(self.to_out, nn.Sequential):
+        if type(self.qkv) is not Linear or not isinstance(self.to_out, nn.Sequential) or len(self.to_out) != 2:
             return False  # a replacement need not have a weight or a width
+        output, dropout = self.to_out
+        if type(output) is not Linear or type(dropout) is not nn.Dropout:
+            return False
         if resolve_backend(x, self.backend, self.qkv.out_features // self.heads) != "triton":
             return False
-        if self.training and (self.dropout_p > 0 or self.to_out[1].p > 0):
+        if self.training and (self.dropout_p > 0 or dropout.p > 0):
             return False
-        parts = (self.qkv, self.to_out, *self.to_out)
-        return type(self.to_out[0]) is Linear and not any(map(_observed, parts))
+        return not any(map(_observed, (self.qkv, self.to_out, output, dropout)))
 
     def compress(self, x: Tensor, norm: nn.LayerNorm, residual: str = "released", sign: int = 1) -> Tensor:
         """Return x ± MSSA(norm(x)) [B, N, C], computed by one operator (`functional.compress`)."""
@@ -181,7 +183,8 @@ class MSSA(_Attention):
 class MHSA(_Attention):
     """Multi-head self-attention with separate query, key and value, as in ViT: the ablation CRATE-MHSA.
 
-    Arguments as `MSSA`; `qkv` is [3·H·D, C] with a bias, in the order query, key, value, as in timm.
+    Arguments as `MSSA`; `backend` is ignored. `qkv` is [3·H·D, C] with a bias, in the order query, key, value, as in
+    timm.
     """
 
     _PROJECTIONS = 3

@@ -17,6 +17,7 @@ from crate_fast.arguments import (
     TIMM_NAMES,
     check_choice,
     check_floating,
+    check_not_negative,
     check_positive,
     patch_grid,
     rename_arguments,
@@ -184,6 +185,7 @@ class CRATEMAE(nn.Module):
         check_positive(
             decoder_embed_dim=decoder_embed_dim, decoder_depth=decoder_depth, decoder_num_heads=decoder_num_heads
         )
+        check_not_negative(ista=ista, sparsity=sparsity)
         check_choice("backend", backend, BACKENDS)
         for width, heads, prefix in ((embed_dim, num_heads, ""), (decoder_embed_dim, decoder_num_heads, "decoder_")):
             if width % heads:
@@ -271,7 +273,9 @@ class CRATEMAE(nn.Module):
         return 0 < mask_ratio < 1 and 0 < int(n_patches * (1 - mask_ratio)) < n_patches
 
     def kept(self, mask_ratio: float) -> int:
-        """Return the number of visible patches, int(N·(1 − mask_ratio)); in floats, as released: 9 of 100 at 0.9.
+        """Return the number of visible patches, int(N·(1 − mask_ratio)).
+
+        As in the released code, rounding in floating point gives 9 of 100 at ratio 0.9.
 
         Raises:
             UserError: No patch, or every patch, would be visible.
@@ -352,8 +356,7 @@ class CRATEMAE(nn.Module):
             pred: [B, N, p·p·channels].
             mask: [B, N], 1 where masked.
         """
-        target = self.patchify(imgs)
-        target = at_least_float(target)
+        target = at_least_float(self.patchify(imgs))
         if self.norm_pix_loss:
             mean, deviation = _patch_statistics(target)
             target = (target - mean) / deviation

@@ -15,6 +15,7 @@ from crate_fast.arguments import (
     TIMM_POOLS,
     check_choice,
     check_floating,
+    check_not_negative,
     check_positive,
     check_rates,
     head_width,
@@ -209,6 +210,8 @@ class CRATE(nn.Module):
     ):
         super().__init__()
         check_positive(dim=dim, depth=depth, heads=heads, dim_head=dim_head, channels=channels, odl_ratio=odl_ratio)
+        check_positive(mlp_dim=1 if mlp_dim is None else mlp_dim)
+        check_not_negative(ista=ista, sparsity=sparsity)
         check_choice("residual", residual, RESIDUALS)
         check_choice("attention", attention, ("mssa", "mhsa"))
         check_choice("sparsifier", sparsifier, ("ista", "odl", "mlp"))

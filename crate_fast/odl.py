@@ -27,7 +27,7 @@ from crate_fast.backends import (
 )
 from crate_fast.cpu_ops import linear
 from crate_fast.errors import UserError
-from crate_fast.functional import check_beside, check_tensor
+from crate_fast.functional import check_beside, check_norm, check_tensor
 from crate_fast.self_check import checked
 from crate_fast.triton_ops import given, nothing
 
@@ -91,6 +91,8 @@ def odl(
     if steps not in (1, 2):
         raise UserError(f"steps={steps!r}: give 1 or 2")
     gamma, beta, eps = norm or (None, None, 0.0)
+    if norm is not None:
+        check_norm(x, gamma, beta)
     kernels = resolve_backend(x, backend) == "triton"
     if kernels or cpu_ops.serves(x, dictionary, gamma):
         rows, shift = x.reshape(x.shape[:-1].numel(), x.shape[-1]), step_size * sparsity
@@ -129,7 +131,7 @@ def _product(
         finish = {"finish": "add", "shift": 0.0} if shift is None else {"finish": "relu", "shift": shift}
         more = {"alpha": alpha, "mask": mask, "dtype": dtype or a.dtype}
         return checked(product.product, a, weight, add, tile, **finish, **more)
-    if alpha != 1.0 and a.shape[1] > len(weight):
+    if alpha != 1.0 and shift is None and a.shape[1] > len(weight):
         y = cpu_ops.product(a, weight)
         y = y.mul_(alpha) if add is None else torch.add(add, y, alpha=alpha, out=y)
     else:

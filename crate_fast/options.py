@@ -109,7 +109,7 @@ def _evaluation(
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
     add("--seed", type=seed, default=0, help="seed of every random draw; default 0")
     add("--model-args", nargs="+", metavar="KEY=VALUE", help="arguments of models that timm builds")
-    add("--output", type=Path, help=f"folder of the results; default runs/eval/{protocol}/MODELS")
+    add("--output", type=Path, help="folder of the results; default in runs/eval, named after protocol and models")
     return parser
 
 
@@ -174,7 +174,7 @@ def _maskcut() -> argparse.ArgumentParser:
 def _add_measures(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--measures", nargs="+", choices=("maskcut", "coarse"), help="default all that the data has masks for")
-    add("--num-objects", type=int, default=3, help="maximum number of MaskCut's objects per image; default 3")
+    add("--num-objects", type=positive, default=3, help="maximum number of MaskCut's objects per image; default 3")
     add("--tau", type=float, default=0.15, help="MaskCut links patches above this cosine; default 0.15")
     return parser
 

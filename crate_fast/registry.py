@@ -169,7 +169,7 @@ def create_mae(name: str, pretrained: bool = False, checkpoint_path: str = "", *
         **kwargs: Arguments of `CRATEMAE`; they override those of the size.
 
     Raises:
-        UserError: There is no such autoencoder, or it has no such argument.
+        UserError: There is no such autoencoder, or a classifier or dropout is requested.
 
     >>> create_mae("crate_mae_tiny_patch16_224", depth=1, decoder_depth=1).embed_dim
     384

@@ -64,7 +64,7 @@ class _Draw:
         room = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         offset = given.data_ptr() % 16 // given.itemsize if strided or given.is_contiguous() else 0
         values = torch.randn(offset + room, generator=self.generator, device=given.device) * spread + mean
-        # TF32 has 11 bits. It would round longer tokens in backward's S, but not in L, which is exact here.
+        # Half precision fits in TF32's 11 bits. The kernel would round longer values in S; L is float64's here.
         return values.half().to(given.dtype).as_strided(shape, strides, offset)
 
     def rows(self, given: Tensor | None, spread: float = 1.0, mean: float = 0.0, width: int | None = None):

@@ -1,4 +1,4 @@
-"""The environment variables that the package reads."""
+"""The environment variables that the package reads, and the number of cores that it may use."""
 
 import os
 
@@ -37,6 +37,11 @@ def self_check_wanted() -> bool | None:
 def tiles_file() -> str | None:
     """Return `CRATE_FAST_TILES`: a JSON file of measured tiles that override kernels/launch.py, or None."""
     return os.environ.get("CRATE_FAST_TILES")
+
+
+def usable_cores() -> int:
+    """Return the number of CPU cores that this process may use; a job scheduler may allow fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def require_gpu() -> bool:

@@ -1,7 +1,7 @@
 """The Triton kernels as PyTorch operators, registered with `torch.library`, with fake tensors and autograd.
 
-Operators only launch kernels; checks, casts and dispatch are in `functional.py`. Each backward pass is one operator,
-so that `torch.compile` captures the whole step. Second derivatives raise an error.
+Checks and the choice of the backend are in `functional.py`. Each backward pass is one operator, so that
+`torch.compile` captures the whole step. Second derivatives raise an error.
 """
 
 import torch
@@ -23,7 +23,7 @@ def nothing(like: Tensor, count: int) -> list[Tensor]:
 
 
 def given(results: tuple[Tensor, ...], wanted: list[bool], count: int) -> tuple[Tensor | None, ...]:
-    """Return autograd's gradients for all `count` arguments, None where unwanted, from those of the first ones."""
+    """Return `count` gradients for autograd: `results` where wanted, None for all other arguments."""
     grads = [result if asked else None for result, asked in zip(results, wanted, strict=True)]
     return *grads, *[None] * (count - len(grads))
 
@@ -231,16 +231,16 @@ refuse_double_backward(ista_bwd, "run backend='torch'")
 # --- the first half of a layer -----------------------------------------------------------------------------------
 
 
-def _output_tile(x: Tensor, weight: Tensor):
+def _output_tile(x: Tensor, dtype: torch.dtype):
     """Return the tile of the fused output map; None if PyTorch computes the output map."""
     from crate_fast.kernels.launch import find, precision
     from crate_fast.kernels.product import fitted_product
 
-    tile = find("output_map", x.device, precision(weight.dtype))
+    tile = find("output_map", x.device, precision(dtype))
     wanted = fused_products_wanted()
     if tile is None or not (tile.chosen if wanted is None else wanted):
         return None
-    return fitted_product(tile, weight.shape[0])
+    return fitted_product(tile, x.shape[-1])
 
 
 @torch.library.custom_op("crate_fast::compression_fwd", mutates_args=())
@@ -286,7 +286,7 @@ def compression_fwd(
         scaled, offset = checked(folding.scale, projection, gamma, beta, dtype)
         w = torch.addmm(offset.to(dtype), normed, scaled.t()).view(batch, n_tokens, heads, inner // heads)
         out, lse = checked(attention.forward, w, scale)
-        tokens, output, tile = out.view(len(rows), inner), output.to(dtype), _output_tile(x, output.to(dtype))
+        tokens, output, tile = out.view(len(rows), inner), output.to(dtype), _output_tile(x, dtype)
         if tile is not None:
             norm = layer_norm.Norm(mean, rstd, gamma.contiguous(), beta.contiguous()) if skip_normed else None
             h = checked(product.product, tokens, output, rows, tile, bias=bias.contiguous(), norm=norm)

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 
-_AVERAGES = ("state_dict_ema", "model_ema", "ema")  # preferred over the weights themselves, as in timm
-_ENTRIES = (*_AVERAGES, "state_dict", "model")
+_ENTRIES = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")  # averages first, as in timm
 _PREFIXES = ("module.", "_orig_mod.")  # added by DataParallel and DDP, and by torch.compile
 _TORCH_MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # near the start of files in torch.save's older format
 _FETCH = "download it again, or use another file"

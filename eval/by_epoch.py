@@ -60,7 +60,7 @@ def _command(options: argparse.Namespace) -> None:
     label, source = split_label(options.models[0])
     run = Path(source)
     steps = checkpoint_steps(run)
-    chosen = steps if options.steps is None else options.steps
+    chosen = steps if options.steps is None else sorted(set(options.steps))
     absent = sorted(set(chosen) - set(steps))
     if absent:
         raise UserError(f"--steps {absent[0]}: {run} has no such checkpoint; choose from {steps}")
@@ -87,7 +87,7 @@ def _command(options: argparse.Namespace) -> None:
             continue
         results |= evaluate([(step, loaded)], images, layer, measures, **settings)
         facts.append(loaded.facts)
-        features = loaded.features(torch.stack(shown), [layer])  # of each image alone (paper, Fig. 10, right)
+        features = loaded.features(torch.stack(shown), [layer])  # one PCA per image (paper, Fig. 10, right)
         colours = [component_colours(tokens[None], features.grid) for tokens in features.keys(layer).cpu()]
         columns.append([c if c is None else Picture(c.view(*features.grid, 3).numpy()) for c in colours])
     if not results.keys() - {0}:

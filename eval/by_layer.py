@@ -30,7 +30,7 @@ def check_measures(
     missing = [name for name in wanted if name not in possible]
     if missing or not wanted:
         raise UserError(
-            f"--data {specification} has no annotations for {', '.join(missing or MEASURES)}: maskcut needs "
+            f"{specification} has no annotations for {', '.join(missing or MEASURES)}: maskcut needs "
             "coco:PATH or shape_scenes, coarse needs one of these or voc:PATH"
         )
     if "maskcut" in wanted:

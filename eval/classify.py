@@ -331,9 +331,13 @@ def evaluate(
 
 
 def _paper_score(label: str, config: TrainConfig, n_classes: int) -> float | None:
-    """Return the model's accuracy in the paper's Table 3; the data set is identified by its name or its folder's."""
+    """Return the model's accuracy in the paper's Table 3, ignoring case.
+
+    The data set is identified by its name, its folder's name, or 1,000 classes (ImageNet).
+    """
     names = [config.dataset, Path(config.data_dir).name.lower()] + (["imagenet"] if n_classes == 1000 else [])
-    return next((paper.TRANSFER[name].get(label) for name in names if name in paper.TRANSFER), None)
+    scores = next((paper.TRANSFER[name] for name in names if name in paper.TRANSFER), {})
+    return next((score for model, score in scores.items() if model.lower() == label.lower()), None)
 
 
 def _row(label: str, counts: dict, scores: dict) -> dict:

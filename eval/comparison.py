@@ -81,10 +81,11 @@ def _command(options: argparse.Namespace) -> None:
         if data is None:
             option = "--coco" if coco else "--voc"
             raise UserError(f"--table {options.table} needs the images of {measure}: pass {option} KIND:PATH")
-        models = open_models(argparse.Namespace(**(vars(options) | {"image_size": size})))
-        config[f"models for {measure}"] = [loaded.facts for loaded in models]
+        sized = argparse.Namespace(**(vars(options) | {"image_size": size}))
+        models, options.device = open_models(sized), sized.device  # the device that "auto" selected
+        layers = [loaded.extract.resolve_layer(options.layer) for loaded in models]
+        config[f"models for {measure}"] = [m.facts | {"layer": n} for m, n in zip(models, layers, strict=True)]
         for loaded in models:
-            loaded.extract.resolve_layer(options.layer)
             images = open_images(data, loaded.extract.image_size[0], options.limit)
             check_measures([measure], loaded, images, data)
             tasks[f"{loaded.label}, {measure}"] = (loaded, images, measure)

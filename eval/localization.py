@@ -9,14 +9,15 @@ the largest connected component; its IoU is the largest IoU with an annotated bo
 Weakly Supervised Object Localization Methods Right*, 2020):
 
     MaxBoxAcc d    share of images whose box has IoU ≥ d, at the best threshold for all images; d = 0.3, 0.5, 0.7
-    MaxBoxAccV2    mean of the three
+    MaxBoxAccV2    mean of the three. The authors' code takes the best box of all components (multi_contour_eval), so
+                   its scores are at least as high
     GT-known       share of images with IoU ≥ 0.5, at the threshold that is best on the other half of the images
     pointing       share of images whose largest weight lies in a box
     AP             average precision of patches ranked by attention; a patch is positive if its centre lies in a box
                    (0 if none does)
     threshold      best threshold for IoU ≥ 0.5
 
-"best head" is chosen for each image with its boxes; "one head" is the head that is best on the other half of the
+"best head" is chosen for each image by its boxes; "one head" is the head that is best on the other half of the
 images. The baselines ignore the image: its centre, the mean box of the other half of the images, the whole picture,
 random maps. MODEL@untrained is the untrained twin.
 """

@@ -116,6 +116,8 @@ def maskcut(
     Raises:
         UserError: Shapes or settings do not fit, or the features are not finite.
 
+    The paper's text weighs a link by the patches' inner product; weights 1 and ε are those of CutLER's code.
+
     Differs from CutLER's code on purpose. The eigenvector's sign is fixed; CutLER keeps the solver's, which changes
     masks. A dropped mask ends the search; CutLER does not paint it, so the next round finds it again, compares it
     with an empty mask and keeps it. The search also ends when all remaining patches are linked to each other; CutLER
@@ -314,11 +316,11 @@ def _command(options: argparse.Namespace) -> None:
         records.append(detect(loaded, mine, [layer], **settings, allow_none=True, **reading))
         evaluation.problems = [line for part in processes.gather(evaluation.problems) for line in part]
         if processes.first:
-            _finish(evaluation, images, records.read(), layer, decisive)
+            _finish(evaluation, images, records.read(), layer)
         processes.wait()
 
 
-def _finish(evaluation: Evaluation, images: Dataset, records: dict, layer: int, decisive: dict) -> None:
+def _finish(evaluation: Evaluation, images: Dataset, records: dict, layer: int) -> None:
     """Score all records, draw the figure, and write and print the results."""
     found = [records[key] for key in images.keys() if key in records]  # noqa: SIM118
     if not found:
@@ -330,15 +332,14 @@ def _finish(evaluation: Evaluation, images: Dataset, records: dict, layer: int, 
     write_text(evaluation.folder / "detections.json", json.dumps(detections) + "\n")
     evaluation.written.append(evaluation.folder / "detections.json")
     counts = {name: numbers[name] for name in ("images", "detections")}
-    row = {"model": decisive["label"], "layer": layer, **counts, **in_percent(numbers)}
+    row = {"model": evaluation.models[0].label, "layer": layer, **counts, **in_percent(numbers)}
     evaluation.write_table("table", [row], digits=2)
     notes = [
         "AP and AR in %, class-agnostic; all detections have score 1 and are ranked by image id.",
         "Images that could not be read count as images without detections.",
     ]
     _figure(images, records, layer, evaluation.figure("detections"), evaluation.options.figure_images)
-    config = {name: value for name, value in decisive.items() if name not in evaluation.options}
-    evaluation.finish(numbers, config, notes if "bbox" in numbers else ())
+    evaluation.finish(numbers, {"layer": layer, "format": _FORMAT}, notes if "bbox" in numbers else ())
 
 
 main = main_of("eval maskcut", _command)

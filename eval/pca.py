@@ -286,11 +286,8 @@ def _command(options: argparse.Namespace) -> None:
         for result in outcome:
             mean = result["mean"]
             shares = {f"component {i}": share for i, share in enumerate(mean["explained"], start=1)}
-            scores = {
-                "foreground": mean["foreground_share"],
-                "IoU": mean["iou"],
-                "constant IoU": mean["constant_iou"],
-            }
+            names = {"foreground": "foreground_share", "IoU": "iou", "constant IoU": "constant_iou"}
+            scores = {title: mean[name] for title, name in names.items()}
             rows.append({"model": loaded.label, "layer": result["layer"]} | shares | scores)
             for group in result["groups"]:
                 if group["problem"]:

@@ -59,8 +59,7 @@ def trend(values: Sequence[float]) -> dict:
     ordered = len(y) > 1 and len(set(values)) > 1
     rho = round(torch.corrcoef(torch.stack([layers, ranks]))[0, 1].item(), 6) if ordered else None
     down = int((y.diff() < 0).sum())
-    partly = rho is not None and rho < 0
-    falls = "yes" if 0 < down == len(y) - 1 else "in part" if partly else "no"
+    falls = "yes" if 0 < down == len(y) - 1 else "in part" if (rho or 0) < 0 else "no"
     ends = {"first": values[0], "last": values[-1]}
     return ends | {"steps_down": down, "steps": len(y) - 1, "spearman": rho, "falls": falls}
 

@@ -41,8 +41,8 @@ MAX_HEAD_DIM = 128
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
-# Whether Triton interprets kernels in Python on the CPU, slowly, to check them. Read once, because Triton reads the
-# variable when it is imported, and timm imports it.
+# True if Triton interprets kernels in Python on the CPU, slowly, to check them. Read once: Triton reads the variable
+# when it is imported, and timm imports Triton.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 _assuming_gpu = False
 

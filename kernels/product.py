@@ -204,7 +204,8 @@ def plan(
     tiles = triton.cdiv(n_rows, tile.block_m) * triton.cdiv(width, tile.block_n)
     tensors = {"a_ptr": a, "weight_ptr": weight, "x_ptr": x, "out_ptr": out, "nonzero_ptr": nonzero, "bias_ptr": bias}
     tensors |= {f"{name}_ptr": norm and getattr(norm, name) for name in ("mean", "rstd", "gamma", "beta")}
-    scalars = {"mask_ptr": mask, "n_rows": n_rows, "shift": shift, "alpha": None if alpha == 1.0 else alpha}
+    tensors["mask_ptr"] = mask
+    scalars = {"n_rows": n_rows, "shift": shift, "alpha": None if alpha == 1.0 else alpha}
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": GROUP_M}
     blocks |= {"CHUNK": CHUNK_ELEMENTS // tile.block_m, "PERSISTENT": tile.persistent}
     constants = {"INNER": inner, "WIDTH": width, "FINISH": finish, "MASKED": masked} | blocks

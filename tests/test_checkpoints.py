@@ -58,9 +58,10 @@ def test_export_loads_into_the_released_module_and_refuses_what_it_cannot_build(
     for options in ({"heads": 1, "dim_head": 48}, {"pool": "mean"}):  # the first has no output map
         assert released_state_dict(CRATE(**SMALL | options))
     refused = {"residual": "paper", "attention": "mhsa", "sparsifier": "mlp", "threshold": "soft", "pool": "avg"}
+    refused |= {"norm_eps": 1e-6, "num_classes": 0}
     for name, value in refused.items():
         with pytest.raises(ValueError, match=f"the released code has no such model.*{name}="):
-            released_state_dict(CRATE(**SMALL, **{name: value}))
+            released_state_dict(CRATE(**SMALL | {name: value}))
 
 
 def _of_grid(grid: tuple[int, int]) -> CRATE:

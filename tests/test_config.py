@@ -82,7 +82,7 @@ def test_a_dumped_configuration_is_a_recipe(tmp_path):
         (["--model", "vit_tiny_patch16_224.nope"], "did you mean 'vit_tiny_patch16_224'?"),
         (["--model", "resnet18"], "models without img_size cannot be trained here"),
         (["--model", "vit_tiny_patch16_224", "--heads", "7"], "cannot be built with {'img_size'"),
-        (["--train-samples", "96", "--dry-run"], "the training split has 96 images, fewer than batch_size=128"),
+        (["--train-samples", "96"], "the training split has 96 images, fewer than batch_size=128"),
         (["--heads", "7"], "heads=7 does not divide dim=128: choose another number of heads"),
         (["--recipe", "RECIPE"], "is not valid YAML: while parsing"),
         (["--resume"], "--resume needs the folder of the run to continue: pass --output"),

@@ -97,7 +97,7 @@ def test_wrong_model_arguments_are_errors(tiny_run, tmp_path, refuses):
         open_model(f"{NAME}@untrained", model_args=["depth"])
     assert open_model(str(tiny_run), model_args=["depth=7"]).facts["model_args"] == {}
     words = [str(tiny_run), "--model-args", "depth=7", "--output", str(tmp_path)]
-    refuses("a run has its own settings; leave them out", white_box, words)
+    refuses("have their own settings; leave them out", white_box, words)
 
 
 def test_damaged_files_of_a_run_are_one_line_errors(tiny_run, tmp_path):

@@ -180,7 +180,7 @@ def test_a_full_disk_stops_all_processes_and_the_last_checkpoint_stays_whole(tmp
         pytest.skip("only root can mount a small file system")
     request.addfinalizer(lambda: subprocess.run(["umount", "-l", str(tmp_path)], check=True))
     folder = tmp_path / "run"
-    words = ("--output", str(folder), "--checkpoint-every", "1", "--keep-checkpoints", "99")
+    words = ("--output", str(folder), "--checkpoint-every", "1", "--keep-checkpoints", "99", "--workers", "1")
     text = run(*words, processes=2, status=2)
     assert "Traceback" not in text
     assert re.search("could not be written.*free some space, then continue with --resume", text)
@@ -190,6 +190,15 @@ def test_a_full_disk_stops_all_processes_and_the_last_checkpoint_stays_whole(tmp
     for step in earlier:
         shutil.rmtree(checkpoint.folder_of(folder / "checkpoints", step))
     run("--output", str(folder), "--checkpoint-every", "1", "--keep-checkpoints", "1", "--resume")
+
+
+def test_any_error_ends_a_run_with_data_workers(tmp_path):
+    """Its frames hold the loader's iterator, whose workers ignore SIGTERM and would keep the process alive."""
+    code = "from crate_fast.train.trainer import Trainer\n"
+    code += "def train_step(self, batches):\n    batch = next(batches)\n    raise RuntimeError('out of memory')\n"
+    code += "Trainer.train_step = train_step"
+    text = run("--output", str(tmp_path / "run"), "--workers", "1", before=code, status=1)
+    assert "RuntimeError: out of memory" in text
 
 
 def _poisoning(monkeypatch, steps: set[int]) -> None:

@@ -154,7 +154,7 @@ def test_a_wrong_or_unneeded_grid_is_an_error(source):
     for words in ({"init": "w.pth", "init_grid": "2 by 8"}, {"init_grid": "2x8"}):
         with pytest.raises(UserError, match="pass the patch rows and columns of the --init file, such as 2x8"):
             tiny_config(**words)
-    with pytest.raises(UserError, match="has its grid recorded; leave it out"):
+    with pytest.raises(UserError, match="is a run, which records its grid; leave out init_grid"):
         load_initial(build_model(tiny_config(), 12), tiny_config(init=str(source), init_grid="2x8"))
 
 

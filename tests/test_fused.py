@@ -298,6 +298,14 @@ def test_inference_uses_every_change_of_a_dictionary(mode, dtype):
     torch.testing.assert_close(actual, ista_reference(x, dictionary.detach(), 0.3), rtol=1e-5, atol=1e-5)
 
 
+def test_inference_uses_the_small_changes_of_finite_differences():
+    x, dictionary = torch.randn(5, 16).double(), torch.nn.Parameter(torch.randn(16, 16).double() / 4)
+    for _ in range(2):
+        with torch.inference_mode():
+            torch.testing.assert_close(ista(x, dictionary), ista_reference(x, dictionary), rtol=0, atol=1e-14)
+        dictionary.data[3, 5] += 1e-9
+
+
 def test_inference_folds_a_dictionary_once_and_frees_it(folds):
     gc.collect()  # dictionaries of other tests
     kept = len(functional._kept_folds)

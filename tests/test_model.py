@@ -209,3 +209,17 @@ def test_a_replaced_projection_trains():
             setattr(parent, name, nn.Sequential(getattr(parent, name).requires_grad_(False), nn.Linear(48, 48)))
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_part_beside_the_output_projection_is_not_skipped_by_the_kernels(training, device):
+    model, images = CRATE(**SMALL).to(device).train(training), torch.randn(2, 3, 32, 32, device=device)
+    for change in (lambda out: out.append(nn.Linear(48, 48)), lambda out: setattr(out, "1", nn.LayerNorm(48))):
+        for attention, _ in model.transformer.layers:
+            change(attention.fn.to_out.to(device))
+        outputs = []
+        for backend in ("triton", "torch"):
+            for attention, _ in model.transformer.layers:
+                attention.fn.backend = backend
+            outputs.append(model.to(device)(images))
+        torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)

@@ -51,8 +51,12 @@ def backend(request, monkeypatch) -> str:
 
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("shape", "with_norm"), [((2, 17, 48), True), ((130, 16), False), ((1, 80), False)], ids=str)
-def test_odl_agrees_with_the_reference(shape, with_norm, dtype, backend, steps, device, poisoned):
+@pytest.mark.parametrize(
+    ("shape", "atoms", "with_norm"),
+    [((2, 17, 48), 192, True), ((130, 16), 64, False), ((33, 48), 16, False), ((1, 80), 320, False)],
+    ids=str,
+)
+def test_odl_agrees_with_the_reference(shape, atoms, with_norm, dtype, backend, steps, device, poisoned):
     def ours(x, dictionary, decoder, *channels):
         norm = (*channels, 1e-6) if channels else None
         return odl.odl(x, dictionary, decoder, steps=steps, norm=norm, backend=backend)
@@ -61,7 +65,7 @@ def test_odl_agrees_with_the_reference(shape, with_norm, dtype, backend, steps, 
         x = F.layer_norm(x, x.shape[-1:], *channels, 1e-6) if channels else x
         return odl_reference(x, dictionary, decoder, steps=steps)
 
-    inputs, names = _inputs(shape, 4 * shape[-1], dtype, device), NAMES
+    inputs, names = _inputs(shape, atoms, dtype, device), NAMES
     if with_norm:
         inputs += [(1 + 0.3 * torch.randn(48)).to(inputs[0]), torch.randn(48).to(inputs[0])]
         names += " dγ dβ"

@@ -37,7 +37,7 @@ def test_timm_loads_the_folder_with_equal_outputs(shared, tiny_run):
 def test_the_card_has_the_runs_scores_and_no_local_paths(shared, tiny_run):
     card = (shared / "README.md").read_text()
     summary = json.loads((tiny_run / "summary.json").read_text())
-    assert f"validation accuracy: {summary['val_accuracy']:.4f}" in card
+    assert f"validation accuracy: {summary['best_val_accuracy']:.4f}" in card
     for words in ("average precision, best head", "mean mask", "MaxBoxAccV2 0.500; mean box 0.250"):
         assert words in card
     assert {"license: mit", "dim: 32"} <= {*card.splitlines()}

@@ -51,7 +51,7 @@ Fraction = Annotated[float, Limits(lambda value: 0 < value < 1, "above 0, and be
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a training run. A recipe lists only the settings that differ from these defaults."""
+    """All settings of a training run. A recipe changes some of these defaults."""
 
     # --- data
     dataset: Literal["shape_scenes", "folder", "tar", "shards", "hf", Torchvision] = "shape_scenes"
@@ -184,10 +184,10 @@ class TrainConfig:
     lr_base_batch: Count = 256
     """Batch size that lr refers to, for lr_scaling."""
     weight_decay: Amount = 0.05
-    """Decoupled weight decay."""
+    """Weight decay: decoupled for adamw, lion and muon; an L2 penalty for sgd, adam and lars."""
     decay_all: bool = False
-    """Apply weight decay to every parameter, as the released recipe does. By default biases, norms, positions and the
-    CLS token are exempt, as in timm."""
+    """Apply weight decay to every parameter, as the released recipe does. By default biases, norms, learned
+    positions and a classifier's CLS token are exempt, as in timm."""
     layer_decay: Factor = 1.0
     """Layer-wise learning-rate decay: a layer's rate is this factor times the rate of the layer above."""
     schedule: Literal["cosine", "released"] = "cosine"
@@ -231,7 +231,7 @@ class TrainConfig:
     grad_checkpointing: bool = False
     """Recompute layers in the backward pass to save memory."""
     threads: Cores = 0
-    """CPU threads per process; 0 divides the cores of a host equally among its processes."""
+    """CPU threads per process; 0 divides the usable cores of a host equally among its processes."""
     eval_every: Count = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_every: Natural = 0

@@ -23,8 +23,8 @@ from crate_fast import CRATEMAE
 from crate_fast.errors import UserError
 from crate_fast.kernels import assuming_gpu
 from crate_fast.train.config import FORM, SIZES, TrainConfig
-from crate_fast.train.data import train_loader
 from crate_fast.train.data.image_files import find_images
+from crate_fast.train.data.loader import check_batch
 from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.train.distributed import layers_of
 from crate_fast.train.optimizer import build_optimizer
@@ -199,8 +199,7 @@ def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
     if gpus % hosts:
         raise UserError(f"--gpus {gpus} is not a multiple of --hosts {hosts}: change one of them")
     images, classes, source = find_data_size(config, options.recipe, options.images, options.classes)
-    # raises for a wrong batch size
-    train_loader(dataclasses.replace(config, workers=0), range(images), world_size=gpus)
+    check_batch(config, images, gpus)
     model = meta_model(config, classes)
     measured = read_throughput(options.throughput, config) if options.throughput else None
     device = "cpu" if config.device == "cpu" else "cuda"  # "auto" is planned for a GPU

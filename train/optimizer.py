@@ -24,7 +24,7 @@ _orthogonalize = timm.optim.muon.zeropower_via_newtonschulz
 
 
 def _orthogonalize_in_fp32_on_a_cpu(matrix: Tensor, *arguments, **options) -> Tensor:
-    """Replace timm's function, whose bf16 takes 50 times as long on processors without bf16 instructions."""
+    """Run timm's function in fp32 on a CPU: bf16 takes 50 times as long on processors without bf16 instructions."""
     dtype = {"dtype": torch.float32} if matrix.device.type == "cpu" else {}
     return _orthogonalize(matrix, *arguments, **options, **dtype)
 
@@ -51,6 +51,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     info = get_optimizer_info(name)
     if betas and not (info.has_betas and info.num_betas == 2):  # timm would ignore them
         raise UserError(f"beta2={config.beta2}: optimizer={name!r} has no such setting; leave it out")
+    if name == "lars" and (config.layer_decay < 1 or config.decay_all):
+        raise UserError("optimizer='lars' has neither layer_decay nor decay_all: leave them out")
     trained = model.get_classifier() if config.frozen else model
     if name == "lars":
         matrices = [p for p in trained.parameters() if p.ndim > 1]

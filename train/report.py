@@ -35,8 +35,8 @@ _BEFORE_PROFILE = 10  # steps in which compilation, caches and clocks settle
 def profiler(folder: Path, steps: int, left: int, processes: Processes):
     """Return PyTorch's profiler as a context, active after ten steps; call its `step()` after each step.
 
-    It writes `steps` steps to `folder`/rank0.json, …, for chrome://tracing or Perfetto. With 0 steps the context is
-    None. It warns if the `left` remaining steps of the run are too few.
+    It writes `steps` steps to `folder`/rank0.json, …, for chrome://tracing or Perfetto. With 0 steps it records
+    nothing. It warns if the `left` remaining steps of the run are too few.
     """
     if not steps:
         return nullcontext()

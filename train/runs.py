@@ -170,7 +170,9 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
     if run is None:
         weights, source = read_state_dict(config.init), config.init
     elif grid:
-        raise UserError(f"init_grid={config.init_grid!r}: the run {where} has its grid recorded; leave it out")
+        raise UserError(
+            f"init_grid={config.init_grid!r}: {where} is a run, which records its grid; leave out init_grid"
+        )
     else:
         weights, step = run_weights(*run)
         source, visible_only = f"{run[0]} at step {step}", run_config(run[0]).visible_only

@@ -41,20 +41,21 @@ def _card(name: str, facts: dict, results: list[str], config: TrainConfig, licen
         "\n".join(f"* {key}: {value}" for key, value in facts.items()),
         "## Results\n\n" + ("\n".join(f"* {line}" for line in results) or "None recorded."),
         f"## Use\n\n```python\n{usage}\n```\n\n## Training",
-        "Settings that differ from the defaults of `crate-fast pretrain`:",
+        "As a recipe, for `crate-fast pretrain --recipe FILE.yaml`:",
         f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n",
     ]
     return "\n\n".join(parts)
 
 
 def _recorded_results(summary: dict) -> list[str]:
-    """Return a line for the accuracy, and lines for the attention scores of the paper's layer, from summary.json."""
-    lines = [f"validation accuracy: {summary['val_accuracy']:.4f}"] if "val_accuracy" in summary else []
+    """Return the best checkpoint's accuracy, and the last one's attention scores at the paper's layer, as lines."""
+    lines = [f"validation accuracy: {summary['best_val_accuracy']:.4f}"] if "best_val_accuracy" in summary else []
     for reading, found in summary.get("attention_miou", {}).items():
         score = next(row["best_head"] for row in found["layers"] if row["layer"] == summary["attention_layer"])
         name = "average precision" if reading == "ap" else f"mIoU ({reading})"
         lines.append(
-            f"attention and object masks, {name}, best head: {score:.3f}; mean mask {found['mean_mask']:.3f}"
+            f"attention and object masks after the last step, {name}, best head: {score:.3f}; "
+            f"mean mask {found['mean_mask']:.3f}"
         )
     return lines
 

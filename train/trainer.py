@@ -1,18 +1,20 @@
 """Training, from settings to a finished run. `Trainer.train` is the loop.
 
 Files of a run: config.yaml metrics.jsonl summary.json attention.png curves.png reconstruction.png unreadable.txt
-checkpoints/ tensorboard/ profile/
+checkpoints/ tensorboard/ profile/ wandb_id
 """
 
 import argparse
 import dataclasses
 import itertools
+import math
 import os
 import resource
 import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -34,7 +36,7 @@ from crate_fast.functional import cached_dictionaries
 from crate_fast.train import checkpoint, distributed
 from crate_fast.train.checkpoint import RunFolder
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data.loader import Batch, DataSplits, build_splits, eval_loader, train_loader
+from crate_fast.train.data.loader import Batch, DataSplits, build_splits, check_batch, eval_loader, train_loader
 from crate_fast.train.data.transforms import Normalize, mirrored, mixed_seed
 from crate_fast.train.distributed import Processes, process_group
 from crate_fast.train.faults import Interruption, NonFinite, UnreadableTally, diagnosis
@@ -99,6 +101,7 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, folder: Path, data: DataSplits, processes: Processes, interruption: Interruption
     ):
+        check_batch(config, len(data.train), processes.world_size)
         self.config, self.data, self.processes, self.interruption = config, data, processes, interruption
         self.device = processes.device
         self.step, self.steps_per_epoch = 0, len(data.train) // config.batch_size
@@ -146,7 +149,7 @@ class Trainer:
         if saved is not None:
             self.restore(*saved[:3])
         if self.processes.first:
-            if best := self.best():  # not recorded if the run was killed right after it
+            if best := self.best():  # a run killed right after an evaluation has not recorded it
                 checkpoint.record_best(self.run.checkpoints, best)
             how = f" ({self.config.parallel})" if self.processes.world_size > 1 else ""
             parameters = sum(p.numel() for p in self.model.parameters())
@@ -163,7 +166,9 @@ class Trainer:
         """Train to the last step. If a signal arrives, save and return False."""
         config, left = self.config, self.total_steps - self.step
         loader = train_loader(config, self.data.train, first_step=self.step, **self.shares)
-        batches = iter(loader if left else ())  # before the steps: they seed the generator that it uses
+        batches = iter(
+            loader if left else ()
+        )  # before the first step: it draws from the generator that each step seeds
         profile = profiler(self.run.folder / "profile", config.profile, left, self.processes)
         with self._progress_bar() as bar, profile:
             while True:
@@ -325,7 +330,8 @@ class Trainer:
     def scores(self, model: nn.Module) -> dict[str, float] | None:
         """Return the objective's scores on the validation split, each image counted once; None if a signal arrived.
 
-        All processes must run a sharded model equally often: one without images left runs a blank one, not counted.
+        All processes must run a sharded model equally often: a process without images left runs a blank image, which
+        is not counted.
         """
         model.eval()
         sharded = distributed.is_sharded(model)
@@ -357,8 +363,10 @@ class Trainer:
     def best(self) -> dict | None:
         """Return the entry of the best evaluation so far, by `score`."""
         evaluations = [entry for entry in self.run.history if self.score in entry]
-        choose = max if self.objective.larger_is_better else min
-        return choose(evaluations, key=itemgetter(self.score), default=None)
+        if self.objective.larger_is_better:
+            return max(evaluations, key=itemgetter(self.score), default=None)
+        # of NaN and a number, `min` would choose the first
+        return min(evaluations, key=lambda entry: (math.isnan(entry[self.score]), entry[self.score]), default=None)
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -408,11 +416,12 @@ class Trainer:
         whole = distributed.unsharded(self._models()[-1], self._build, self.processes)
         if self.processes.first:
             print_summary(write_report(self, whole, seconds), self.run.folder)
-        self.processes.wait()
 
     def close(self) -> None:
         """Stop the data workers, close the logs, and release the folder."""
-        self.val_loader = None  # its workers ignore SIGTERM: at exit Python would wait for them forever
+        # workers ignore SIGTERM: at exit Python would wait forever for those that the frames of an error still hold
+        traceback.clear_frames(sys.exc_info()[2])
+        self.val_loader = None
         self.run.close()
 
 
@@ -421,7 +430,7 @@ def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Proc
     parent = next(path for path in output.absolute().parents if path.exists())  # on the same disk as the run
     folder = Path(processes.agree(tempfile.mkdtemp(prefix=".dry-run-", dir=parent) if processes.first else ""))
     try:
-        config = dataclasses.replace(config, wandb="", log_every=1)
+        config = dataclasses.replace(config, wandb="", profile=0, log_every=1)
         with closing(Trainer(config, folder / "run", data, processes, Interruption())) as trainer:
             trainer.total_steps = min(DRY_RUN_STEPS, trainer.total_steps)
             trainer.val_loader = list(itertools.islice(trainer.val_loader, 2))

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.options import positive
+from crate_fast.settings import usable_cores
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import open_source
 from crate_fast.train.data.image_files import describe, open_image, to_rgb
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shorter-side", type=positive, default=256, help="largest shorter side in pixels")
     parser.add_argument("--quality", type=positive, default=95, help="JPEG quality of downscaled images")
     parser.add_argument("--per-shard", type=positive, default=5_000, help="images per shard")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="number of processes")
+    parser.add_argument("--workers", type=positive, default=usable_cores(), help="number of processes")
     return run_command(lambda: _write(parser.parse_args(argv)))
 
 

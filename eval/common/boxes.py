@@ -31,7 +31,7 @@ class BoxedImages(ImageFiles):
     """Images of a folder with boxes; an image without an annotation has no boxes.
 
     `boxes` is a JSON file with file names relative to `root`, or a folder that is searched for XML files with the
-    names of the images. A name without its folders is enough if it is unique on both sides.
+    names of the images. The folders may be left out of a name that is unique among images and annotations.
     """
 
     has_instances = True
@@ -100,7 +100,10 @@ def _size(height: object, width: object) -> tuple[int, int] | None:
 
 
 def _read_folder(folder: Path) -> dict[str, _Entry]:
-    """Return the same as `_read_json` from XML files, whose corners are a box's first and last pixels, from 0."""
+    """Return the same as `_read_json` from XML files, with a box's first and last pixels counted from 0.
+
+    VOC counts from 1, so its boxes lie one pixel too far right and down.
+    """
     entries = []
     for path in sorted(folder.rglob("*.xml")):
         try:

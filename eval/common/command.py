@@ -25,8 +25,9 @@ def open_models(options: argparse.Namespace) -> list[LoadedModel]:
     options.device = str(device)
     settings = (device, options.image_size, options.model_args, options.seed)
     models = [open_model(name, *settings) for name in options.models]
-    if options.model_args and all(loaded.config is not None for loaded in models):
-        raise UserError(f"--model-args {' '.join(options.model_args)}: a run has its own settings; leave them out")
+    if options.model_args and not any(loaded.facts["model_args"] for loaded in models):
+        words = " ".join(options.model_args)
+        raise UserError(f"--model-args {words}: runs and shared models have their own settings; leave them out")
     return models
 
 
@@ -47,7 +48,7 @@ class Evaluation:
     """Output of one command: written files, unreadable images, and models that could not be scored.
 
     Construct it before anything is computed, so that an unusable output folder is found early. Without `--output` the
-    folder is runs/eval/`folder`, by default that of the protocol, and named after the models.
+    folder is runs/eval/FOLDER/MODELS, where FOLDER is `folder` or the protocol's name.
     """
 
     def __init__(self, protocol: str, options: argparse.Namespace, models: Sequence[LoadedModel], folder: str = ""):

@@ -106,7 +106,7 @@ class FeatureExtractor:
         if layer is None:
             return self.default_layer
         if not -self.depth <= layer < self.depth:
-            raise UserError(f"layer {layer}: this model has layers 0 to {self.depth - 1}; pass one with --layer")
+            raise UserError(f"layer {layer}: this model has layers 0 to {self.depth - 1}; choose one of these")
         return layer % self.depth
 
     @torch.no_grad()

@@ -37,7 +37,7 @@ class Picture:
 
     pixels: np.ndarray  # [H, W, 3] (uint8, or floats from 0 to 1) or a map [H, W]
     colours: str = "viridis"  # name of matplotlib's colour map
-    limits: tuple[float, float] | None = None  # values at both ends of the colour scale; those of the map when None
+    limits: tuple[float, float] | None = None  # values at the ends of the colour scale; None: the map's range
     over: np.ndarray | None = None  # an image [H, W, 3] under the map, which is then half transparent
 
 
@@ -92,7 +92,7 @@ def image_grid(
 class Curve:
     """One line of a chart."""
 
-    label: str  # text in the legend; not shown if it begins with _
+    label: str  # text in the legend
     x: Sequence[float]  # coordinates of the points
     y: Sequence[float]
     spread: Sequence[float] | None = None  # half the height of a band around the line
@@ -111,8 +111,8 @@ def curve_figure(
     """Write charts, label of the y-axis → curves, to `paths`, in the formats of their suffixes (.png, .pdf).
 
     There are `columns` charts per row; all in one row by default. A label has the same colour in all charts, and in
-    several figures with the same `labels`. Charts with common labels share a legend. With `from_zero` differences of
-    scores do not look larger than they are.
+    several figures with the same `labels`. Charts with common labels share a legend. `from_zero` starts the y-axis
+    at 0, so that differences do not look larger than they are.
     """
     drawn = [curve for curves in panels.values() for curve in curves]
     distinct = dict.fromkeys([*labels, *(curve.like or curve.label for curve in drawn)])
@@ -139,13 +139,12 @@ def curve_figure(
                 axis.set_ylim(bottom=0)
             if all(float(x).is_integer() for curve in curves for x in curve.x):
                 axis.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 0.5
-            if not shared and any(not curve.label.startswith("_") for curve in curves):
+            if not shared:
                 axis.legend(fontsize=7)
         if shared:
             lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
-            named = {label: line for label, line in lines.items() if not label.startswith("_")}
-            place = {"loc": "outside lower center", "ncols": min(5, len(named)), "fontsize": 7}
-            figure.legend(named.values(), named.keys(), **place)
+            place = {"loc": "outside lower center", "ncols": min(5, len(lines)), "fontsize": 7}
+            figure.legend(lines.values(), lines.keys(), **place)
         save_figure(figure, paths)
 
 

@@ -214,7 +214,9 @@ class CocoImages(ImageFiles):
         names = [root / f"instances_{split}.json", root / "annotations" / f"instances_{split}.json"]
         found = next((name for name in names if name.is_file()), None)
         if found is None:
-            raise UserError(f"neither {names[0]} nor {names[1]} exists: pass --data coco:PATH[:SPLIT]")
+            raise UserError(
+                f"neither {names[0]} nor {names[1]} exists: name the folder that holds one, as coco:PATH[:SPLIT]"
+            )
         if not (root / split).is_dir():
             raise UserError(f"the image folder {root / split} does not exist: put the images there")
         self.coco = read_annotations(found)
@@ -304,7 +306,7 @@ def open_images(specification: str, size: int, limit: int | None = None) -> Data
     kind, _, rest = specification.partition(":")
     if kind == "shape_scenes":
         if rest and not rest.isdigit():
-            raise UserError(f"--data {specification}: write shape_scenes or shape_scenes:SEED")
+            raise UserError(f"{specification}: write shape_scenes or shape_scenes:SEED")
         return SceneImages(size, limit or 500, int(rest or 0))
     if specification == "photographs":
         images = FreePhotographs(size)
@@ -319,7 +321,7 @@ def open_images(specification: str, size: int, limit: int | None = None) -> Data
         images = CocoImages(Path(path), size, split or "val2017")
     else:
         known = "folder:PATH, voc:PATH, coco:PATH[:SPLIT], shape_scenes[:SEED] or photographs"
-        raise UserError(f"--data {specification!r}: write {known}")
+        raise UserError(f"{specification!r} is no data set: write {known}")
     images.items = images.items[:limit]
     return images
 

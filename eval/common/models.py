@@ -194,7 +194,7 @@ def open_model(
     Args:
         image_size: Height and width of the input, in pixels; the model's own when None.
         model_args: `KEY=VALUE` arguments of `registry.create_model`; ignored for runs and shared models.
-        seed: Of untrained weights.
+        seed: Seed of untrained weights.
 
     Raises:
         UserError: The run, checkpoint or file is missing, or the name or the image size does not fit.
@@ -237,7 +237,7 @@ def open_model(
         "weights_sha256": digest.hexdigest()[:16],
         "image_size": list(extract.image_size),
         "patch_size": list(extract.patch_size),
-        "model_args": arguments if config is shared is None else {},  # the others ignore them
+        "model_args": arguments if config is None and shared is None else {},  # the others ignore them
         "seed": seed,
     }
     normalize = Normalize(statistics).to(device)

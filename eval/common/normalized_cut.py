@@ -6,12 +6,13 @@ M = D^-½AD^-½ it is v = D^-½y, where y belongs to M's second largest eigenval
 Every Lanczos vector is made orthogonal to it, which leaves y as the top eigenvector. This takes a few dozen products
 with B. A dense decomposition takes about 27 P³ operations, which is seconds at 3,600 patches.
 
-There are three solvers. Each is used for graphs that the previous one cannot solve:
+There are three solvers. Each is used for graphs that the previous one cannot solve; up to 1,000 patches the second is
+skipped, because the third is faster:
 
 1. Lanczos in fp32, a batch of graphs at a time. The residual is about 1e-7, which is enough if the next eigenvalue is
    at least 1e-3 away.
 2. Block Lanczos in fp64, a graph at a time. A nearly disconnected graph has one eigenvalue for each part, about 1e-5
-   apart. A block of as many vectors finds them together, and fp64 separates them.
+   apart. A block of several vectors finds them together, and fp64 separates them.
 3. A dense decomposition in fp64.
 """
 

@@ -169,7 +169,7 @@ class AttentionScores:
         return attention_to_mask(maps, reading, self.fraction) if reading in THRESHOLDS else maps
 
     def result(self) -> dict[str, dict]:
-        """Return the scores of `score_attention`; each layer also has "by_class", class → best-head score."""
+        """Return the scores of `score_attention`."""
         if not self.images:
             raise NoObjectsError(
                 f"none of the {self.without_objects} images has an object that covers a patch: use images with "
@@ -218,7 +218,7 @@ def score_attention(
     Returns:
         For each of `READINGS` (IoU with "topk" and "mass" masks, and "ap") a dictionary with
         "layers": for each, "layer"; "best_head", with the best head of each image (as in the paper); "per_head", with
-            one head for all images; "fixed_head", the largest of these;
+            one head for all images; "fixed_head", the largest of these; "by_class", class → best-head score;
         baselines: "constant", a mask of all patches; "random", the best of as many random maps as heads; "mean_mask",
             the objects' mean mask as the map of every image; "true_mask", the true mask as map;
         "fraction" (None for "ap"); numbers of scored "images" and "objects", of images "without_objects", and of

@@ -20,7 +20,7 @@ def _command(options: argparse.Namespace) -> None:
     if options.minutes is not None and not 0 < options.minutes < math.inf:
         raise UserError(f"--minutes {options.minutes}: give a finite number above 0, or leave it out for no limit")
     data, _, source = options.data.partition(":")
-    if data not in SIZES or bool(source) > (data == "photographs"):
+    if data not in SIZES or (source and data != "photographs"):
         raise UserError(f"--data {options.data}: write shape_scenes, or photographs:DIR")
     protocol = SIZES[data][options.size]
     name = f"photographs-{options.size}" if protocol.photographs else options.size

@@ -31,13 +31,17 @@ _SHOWN = 8  # images in the figures
 
 
 class SceneData:
-    """Scenes of `shape_scenes`: `selection` to choose heads and layers; `test` to score attention, and the others."""
+    """Scenes of `shape_scenes`.
+
+    `selection` is for the choice of heads and layers, `test` for attention, `classified` for accuracy, `with_masks`
+    for MaskCut.
+    """
 
     def __init__(self, protocol: Protocol):
         self.protocol, size = protocol, protocol.image_size
         self.selection = SceneImages(size, protocol.selection_images, protocol.selection_seed)
-        self.test = self.classified = SceneImages(size, protocol.test_images, protocol.test_seed)  # for accuracy
-        self.with_masks = SceneImages(size, protocol.maskcut_images, protocol.test_seed)  # for MaskCut
+        self.test = self.classified = SceneImages(size, protocol.test_images, protocol.test_seed)
+        self.with_masks = SceneImages(size, protocol.maskcut_images, protocol.test_seed)
 
     def shown(self) -> dict[str, np.ndarray]:
         """Return the first test scenes: "images" uint8 [8, S, S, 3], "masks" bool [8, S, S], "labels" [8]."""
@@ -81,7 +85,7 @@ class PhotographData:
         self.with_masks = open_images(masks, protocol.mask_size, protocol.maskcut_images) if masks else None
 
     def shown(self) -> dict[str, np.ndarray]:
-        """Return free photographs from no training set: "images" uint8 [8, S, S, 3], "names" [8] with credit."""
+        """Return the free photographs, in no training set: "images" uint8 [8, S, S, 3], "names" [8] with credit."""
         size, free, images = self.protocol.mask_size, free_photographs(), []
         for path in free.values():  # the central square
             picture = read_image(path)
@@ -101,7 +105,7 @@ def _with_coverage(images: _Photographs, count: int, coverage: tuple[float, floa
     if not fitting:
         raise UserError(
             f"no photograph of {images.root} has boxes that cover {low:.0%} to {high:.0%} of it: pass the boxes "
-            "of these photographs with --boxes"
+            "of these photographs with --boxes; the file must also give each photograph's height and width"
         )
     return spread(Subset(images, fitting), count)
 

@@ -73,8 +73,8 @@ class Run(NamedTuple):
 class Protocol:
     """The experiment at one size, by default at the small size on scenes.
 
-    A compared run's stages start from the weights of the previous one. Reports of earlier protocols rely on the
-    default of `primary`.
+    Each stage of a compared run starts from the weights of the previous stage. Do not change the default of
+    `primary`: reports of earlier protocols rely on it.
     """
 
     patch_size: int = 8

@@ -309,7 +309,9 @@ def _white_box(results: Results) -> str:
             row[f"{title} falls with depth"] = " · ".join(found["falls"] for found in trends)
         if row:
             rows.append({"model": model, "": when} | row)
-    words = '"yes": the value falls at every step; "in part": its rank correlation with depth is negative; "no": neither.'
+    words = (
+        '"yes": the value falls at every step; "in part": its rank correlation with depth is negative; "no": neither.'
+    )
     return f"One entry for each seed. {words}\n\n{markdown_table(rows)}"
 
 

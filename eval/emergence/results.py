@@ -257,7 +257,8 @@ class Results:
                 f"{_listed(crate)} against {fixed_map:.1f}",
             ),
             Claim(
-                "It is specific to CRATE: CRATE scores above ViT, and the 95 % interval of the paired difference is above 0",
+                "It is specific to CRATE: CRATE scores above ViT, and the 95 % interval of the paired difference is "
+                "above 0",
                 None if gap.low is None else gap.low > 0,
                 f"{_listed(crate)} against {_listed(vit)}: {gap.mean:+.1f}{interval}",
             ),

@@ -37,6 +37,7 @@ from crate_fast.eval.emergence.data import PhotographData, SceneData
 from crate_fast.eval.emergence.protocol import Point, Protocol, Run
 from crate_fast.eval.emergence.results import Results
 from crate_fast.eval.emergence.scores import box_scores, checkpoint_scores, photograph_scores, pictures
+from crate_fast.settings import usable_cores
 from crate_fast.train.checkpoint import RunLock, write_text
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.faults import Interruption, NonFiniteError
@@ -82,7 +83,7 @@ class Resources:
     """
 
     def __init__(self, device: str, jobs: int | None = None):
-        self.cores = os.cpu_count() or 1
+        self.cores = usable_cores()
         chosen = choose_device(device)
         self.on_gpu = chosen.type == "cuda"
         every = self.on_gpu and ":" not in device

@@ -141,12 +141,10 @@ def application(explorer: Explorer, hosts: Sequence[str] | None = None) -> Starl
         "masks": lambda request: inspection(request).masks(_integer(request, "layer")),
     }
 
-    def endpoint(query: Callable[[Request], dict]) -> Callable[[Request], Response]:
-        return lambda request: JSONResponse(query(request))  # starlette runs it in a worker thread
-
     app = Starlette(
         routes=[
-            *(Route(f"/api/{name}", endpoint(query)) for name, query in queries.items()),
+            # starlette calls these in worker threads
+            *(Route(f"/api/{n}", lambda request, query=q: JSONResponse(query(request))) for n, q in queries.items()),
             Route("/api/picture", lambda request: _jpeg(pictures, request)),
             Route("/api/pictures", upload, methods=["POST"]),
             Mount("/", StaticFiles(directory=_PAGE, html=True)),

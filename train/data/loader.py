@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from crate_fast.errors import UserError
+from crate_fast.settings import usable_cores
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.image_files import Unreadable
 from crate_fast.train.data.shape_scenes import ShapeScenes
@@ -197,7 +198,8 @@ def _train_keys(
 
     The global batch of a step is split into `accumulate` micro-batches, and each of these into equal parts for the
     processes, so a step always sees the same images. With r = `repeats`, an epoch shows 1/r of the images, and r
-    epochs share a permutation. Copies of an image are adjacent in the global batch and go to different processes.
+    epochs share a permutation. Copies of an image are adjacent in the global batch, so they are spread over the
+    processes.
     """
     copies, micro = config.repeats, config.batch_size // config.accumulate
     length, different = n_images // copies, config.batch_size // copies
@@ -214,22 +216,27 @@ def _train_keys(
         start = 0
 
 
-def train_loader(
-    config: TrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1, first_step: int = 0
-) -> DataLoader:
-    """Return a loader of this process's micro-batches, all of equal size, from `first_step` to the end of the run.
-
-    Raises:
-        UserError: The data set is smaller than a batch, or the batch cannot be split equally.
-    """
+def check_batch(config: TrainConfig, n_images: int, world_size: int) -> None:
+    """Raise a `UserError` if the training split is smaller than a batch, or the batch cannot be split equally."""
     share = config.accumulate * world_size
     if config.batch_size % share:
         raise UserError(
             f"batch_size={config.batch_size} cannot be divided among {world_size} processes × {config.accumulate} "
             f"accumulation steps: make it a multiple of {share}"
         )
-    if len(data) < config.batch_size:
-        raise UserError(f"the training split has {len(data)} images, fewer than batch_size={config.batch_size}")
+    if n_images < config.batch_size:
+        raise UserError(f"the training split has {n_images} images, fewer than batch_size={config.batch_size}")
+
+
+def train_loader(
+    config: TrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1, first_step: int = 0
+) -> DataLoader:
+    """Return a loader of this process's micro-batches, all of equal size, from `first_step` to the end of the run.
+
+    Raises:
+        UserError: See `check_batch`.
+    """
+    check_batch(config, len(data), world_size)
     return _loader(config, data, _train_keys(config, len(data), rank, world_size, first_step))
 
 
@@ -244,7 +251,7 @@ def eval_loader(config: TrainConfig, data: Dataset, *, rank: int = 0, world_size
 def _loader(config: TrainConfig, data: Dataset, batches, persistent: bool = False) -> DataLoader:
     workers, on_gpu = config.workers, config.device != "cpu" and torch.cuda.is_available()
     if workers is None:  # on a CPU, workers compete with the training threads and slow them down
-        share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        share = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(8, share) if on_gpu else 0
     return DataLoader(
         data,

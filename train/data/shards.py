@@ -77,7 +77,8 @@ def _members(archive: Path, nested: bool = False) -> tuple[list[tuple[str, int, 
         raise UserError(f"{archive} cannot be read ({error}): make it readable, or copy it again") from error
     places = {name: place for name, *place, target in found if target is None}
     links = {name: target for name, *_, target in found if target is not None}
-    places.update((name, places[target]) for name, target in links.items() if target in places)
+    while resolved := {name: places[to] for name, to in links.items() if name not in places and to in places}:
+        places |= resolved  # a link may lead to another link
     members = [(name, *(places[name] if name in links else place)) for name, *place, _ in found if name in places]
     return members, [f"{archive}/{name}" for name in links if name not in places]
 
@@ -182,7 +183,7 @@ class ArchiveSource(Source):
         return index
 
     def _read(self, number: int, offset: int, size: int) -> bytes:
-        with self.paths[number].open("rb", buffering=0) as archive:
+        with self.paths[number].open("rb") as archive:
             archive.seek(offset)
             content = archive.read(size)
         if len(content) < size:

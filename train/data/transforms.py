@@ -65,7 +65,7 @@ def drawing_from(seed: int, *name: int, on_devices: bool = False):
     """Seed the global generators of Python, NumPy and PyTorch; restore PyTorch's state at the end.
 
     `seed` and `name`, such as (epoch, index, copy), are the integers of `mixed_seed`. `on_devices` also seeds the
-    generators of GPUs, which are not restored. Until CUDA is initialised this takes 0.2 ms.
+    generators of GPUs, which are not restored; before CUDA is initialised that takes 0.2 ms.
     """
     mixed = mixed_seed(seed, *name)
     with torch.random.fork_rng(devices=[]):

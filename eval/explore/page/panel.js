@@ -5,7 +5,7 @@ import { ask } from "./api.js";
 import { PAPER, palette } from "./draw.js";
 import { FIGURES, queryName } from "./figures.js";
 
-const FILE_WIDTH = 1000; // of a saved row of figures, in units of 1/2 pixel
+const FILE_WIDTH = 1000; // of a saved row of figures, in units of 2 pixels (draw.js)
 const PAUSE = 150; // milliseconds without a change before MaskCut is requested
 const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
