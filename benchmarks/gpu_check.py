@@ -1,7 +1,7 @@
 """Run all checks and measurements that need a GPU, in calls with a time limit and partial results.
 
     python benchmarks/gpu_check.py prepare     # with a network: writes an assembler and the commit into .gpu/
-    bash benchmarks/gpu_check.sh first         # at most 410 s: probes, operators and their peers, tiles, tests
+    bash benchmarks/gpu_check.sh first         # at most 410 s: probes, tiles, operators and their peers, tests
     bash benchmarks/gpu_check.sh second        # at most 230 s: whole models, a profile, hardware counters
     bash benchmarks/gpu_check.sh first --stages warm tiles --limit 120
     bash benchmarks/gpu_check.sh all --rehearse          # on a CPU, with stand-ins: tests the program itself
@@ -48,7 +48,7 @@ LIMITS = {"first": 410.0, "second": 230.0, "all": 630.0}
 NO_TIME = "no time was left"
 PACK_SECONDS = 10.0  # for writing the archive
 
-PROBE_S, PROBES_AT_ONCE = 30.0, 14
+PROBE_S, PROBES_AT_ONCE = 45.0, 14
 HANG_S = 3.0  # limit of the hanging probe in a rehearsal
 FAULTS = ("fault:crash", "fault:hang", "fault:wrong")  # probes of a rehearsal
 MODELS_AT_ONCE = 2  # models that run while others compile, which also need memory
@@ -102,13 +102,13 @@ class Check:
             "PYTHONUNBUFFERED": "1",
             "TRITON_CACHE_DIR": str(cache / "triton"),
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-            "TORCHINDUCTOR_COMPILE_THREADS": "4",
+            "TORCHINDUCTOR_COMPILE_THREADS": str(max(2, self.cores - 2)),
             "OMP_NUM_THREADS": "1" if self.rehearse else "2",
             "COMMIT": _commit(),
         }
         if self.rehearse:
             added |= {"TRITON_INTERPRET": "1", "GPU_CHECK_REHEARSE": "1"}
-        found = next(filter(Path.exists, (CARRIED / TILES, work / TILES)), None)
+        found = next(filter(Path.exists, (work / TILES, CARRIED / TILES)), None)
         tiles = {"CRATE_FAST_TILES": str(found)} if self.part == "second" and found is not None else {}
         return tiles | kept | added
 
@@ -171,8 +171,8 @@ class Check:
     ) -> None:
         """Do items, the most important first, in several workers.
 
-        An item that ends its worker, or takes longer than `stall_s`, is red; the rest gets a new worker. `mode` is
-        "warm" or "time". The jobs in `more` run at the same time.
+        An item that ends its worker or takes longer than `stall_s` is red if it is ours; the rest gets a new worker.
+        `mode` is "warm" or "time". The jobs in `more` run at the same time.
         """
         lists = [part for part in (items[i::workers] for i in range(workers)) if part]
         jobs = [self.items_job(part, mode, stall_s) for part in lists]
@@ -185,11 +185,14 @@ class Check:
         left = [item for item in items if item["name"] not in ended | {current}]
         if current is not None:
             (item,) = [item for item in items if item["name"] == current]
-            if len(item.get("peers", ())) > 1:  # find the peer that ended it
+            peers = item.get("peers", ["ours"])
+            late = str(process.reason).startswith("timed out after")  # the stage has ended
+            if len(peers) > 1 and not late:  # find the peer that ended it
                 self.row(current, "n/a", f"ended its worker, so its peers are tried one by one: {reason}")
-                left = [item | {"name": f"{current}: {peer}", "peers": [peer]} for peer in item["peers"]] + left
+                left = [item | {"name": f"{current}: {peer}", "peers": [peer]} for peer in peers] + left
             else:
-                self.row(current, "red", reason)
+                ours = peers[0].startswith("ours") and item.get("present", True)  # not a candidate tile
+                self.row(current, "red" if ours and not late else "n/a", reason)
         elif len(left) == len(items) and process.reason is not None:  # it did not begin
             for item in left:
                 self.row(item["name"], "n/a", f"its worker did not start: {reason}")
@@ -219,11 +222,11 @@ class Check:
             self.stage = stage.name
             self.soft, self.hard = now + share, min(self.end, now + share + stage.grace)
             print(f"== {stage.name}: {share:.0f} s, after {now - self.started:.0f} s", flush=True)
-            try:
-                stage.run(self)
-            except Exception:
-                self.row(stage.name, "red", f"the check's own error: {traceback.format_exc()}")
-            self.pack()  # in case the program is killed early
+            for action in (stage.run, Check.pack):  # packed each time, in case the program is killed early
+                try:
+                    action(self)
+                except Exception:
+                    self.row(stage.name, "red", f"the check's own error: {traceback.format_exc()}")
 
     def pack(self) -> str:
         """Write the archive and the summary; return the summary."""
@@ -239,16 +242,18 @@ class Check:
 def environment(check: Check) -> None:
     """Record the versions and the card, list the items of all stages, and test the assembler in .gpu/."""
     items, rows = check.folder / "items.json", check.folder / "rows_environment.jsonl"
-    words = ("environment", check.part, "--rows", str(rows), "--into", str(items))
-    jobs = [check.worker(*words, name="environment", limit_s=60)]
+    words = ("environment", "--rows", str(rows), "--into", str(items))
+    jobs = [check.worker(*words, name="environment", limit_s=90)]
     trial, ptxas = check.folder / "trial.json", check.folder / "ptxas"
     carried = dict.fromkeys(PTXAS_VARIABLES, str(ptxas))
     if not check.rehearse:
-        jobs += [Job("env", [sys.executable, "-m", "crate_fast.env"], 60), Job("nvidia-smi", ["nvidia-smi"], 20)]
+        jobs += [Job("nvidia-smi", ["nvidia-smi"], 20)]
         if (CARRIED / PTXAS).exists():
             ptxas.write_bytes(lzma.decompress((CARRIED / PTXAS).read_bytes()))
             ptxas.chmod(0o755)
-            jobs += [Job("assembler", _probe(TRIAL, trial, "--reruns", "2"), 40, carried)]
+            jobs += [Job("assembler", _probe(TRIAL, trial, "--reruns", "2"), 90, carried)]
+        else:
+            check.row("carried assembler", "red", "no .gpu/ptxas.xz: run gpu_check.py prepare and carry .gpu")
 
     def done(process: Process) -> None:
         if process.reason is not None:
@@ -287,15 +292,16 @@ def warm(check: Check) -> None:
         check.work_through(ours[: 2 * MODELS_AT_ONCE], "warm", MODELS_AT_ONCE, 40.0, jobs)
         return
     compiled = [item | {"peers": item["peers"][1:]} for item in check.items.get("compiled", [])]
-    hard, check.hard = check.hard, min(check.end, time.monotonic() + 110.0)  # the background outlasts this stage
+    soft, hard = check.soft, check.hard
+    check.soft = check.hard = min(check.end, time.monotonic() + 110.0)  # the background outlasts this stage
     for part in range(BACKGROUND):
         if compiled[part::BACKGROUND]:
             job = check.items_job(compiled[part::BACKGROUND], "warm", 90.0, nice=10)
             check.background.append(check.start(job))
-    check.hard = hard
+    check.soft, check.hard = soft, hard
     ours = [item | {"peers": item["peers"][:1]} for item in check.items.get("operators", [])]
     items = ours + check.items.get("tiles", []) + ([] if check.rehearse else check.items.get("probes", []))
-    check.work_through(items, "warm", max(1, check.cores - 2), 20.0)
+    check.work_through(items, "warm", max(1, check.cores - 2), 40.0)
 
 
 def probes(check: Check) -> None:
@@ -329,12 +335,11 @@ def timings(check: Check) -> None:
     items = check.items.get("operators", [])
     if check.rehearse:
         items = [items[0], {"name": "a fault", "kind": "crash"}, *items[1:2]] if items else []
-    check.work_through(items, "time", 1, 25.0)
-    _timed("compiled", 30.0)(check)
+    check.work_through(items + check.items.get("compiled", []), "time", 1, 60.0)
 
 
 def tiles(check: Check) -> None:
-    """Time the candidates that compile, fit and do not spill; write the best ones to found_tiles.json."""
+    """Time the candidates that compile, fit and do not spill; the next stages use the best, in found_tiles.json."""
     check.stop_background()
     warmed = {row["item"]: row for row in check.rows() if row["stage"] == "warm"}
     kept = []
@@ -352,17 +357,18 @@ def tiles(check: Check) -> None:
         if found:
             for folder in (check.output, check.folder.parent):
                 (folder / TILES).write_text(json.dumps(found, indent=1) + "\n")
+            check.environment.setdefault("CRATE_FAST_TILES", str(check.folder.parent / TILES))
 
 
 def tests(check: Check) -> None:
-    """Run the GPU tests with a time limit each, in four processes if pytest-xdist is installed."""
+    """Run the GPU tests with a time limit each, in parallel if pytest-xdist is installed."""
     check.stop_background()
     rows = check.folder / "rows_tests.jsonl"
     rows.touch()
     words = ["-p", "no:cacheprovider", "-p", "gpu_worker", "-q", "-m", "gpu", "-o", "faulthandler_timeout=50"]
     words += ["-o", "addopts="]  # those of pyproject.toml need pytest-benchmark
     if not check.rehearse and importlib.util.find_spec("xdist"):
-        words += ["-n", "4", "--max-worker-restart", "20"]
+        words += ["-n", str(max(1, check.cores // 2)), "--max-worker-restart", "20"]
     if importlib.util.find_spec("pytest_timeout"):
         words += ["--timeout", "90", "--timeout-method", "thread"]
     environment = {"GPU_CHECK_ROWS": str(rows)} | ({} if check.rehearse else {"CRATE_FAST_REQUIRE_GPU": "1"})
@@ -406,12 +412,12 @@ def counters(check: Check) -> None:
     check.run([Job("ncu", command, 60.0)], done, 1)
 
 
-_ENVIRONMENT = Stage("environment", 15, 45, environment)
+_ENVIRONMENT = Stage("environment", 15, 75, environment)
 _FIRST = [
     Stage("warm", 35, 15, warm),
     Stage("probes", 70, 15, probes),
-    Stage("timings", 90, 15, timings),
     Stage("tiles", 70, 10, tiles),
+    Stage("timings", 90, 15, timings),
     Stage("tests", 120, 0, tests),
 ]
 _SECOND = [
@@ -421,7 +427,7 @@ _SECOND = [
 ]
 PARTS = {
     "first": [_ENVIRONMENT, *_FIRST],
-    "second": [_ENVIRONMENT, Stage("warm", 40, 15, warm), *_SECOND],
+    "second": [_ENVIRONMENT, Stage("warm", 40, 30, warm), *_SECOND],
     "all": [_ENVIRONMENT, *_FIRST, *_SECOND],
 }
 

@@ -9,9 +9,10 @@ from pathlib import Path
 WORTH = 0.98  # a tile must take less than this share of the present tile's time to replace it
 SHOWN = 40  # most red rows in a summary
 MOST_LOG_BYTES = 40_000  # of each log in the archive
-FACTS = ("device", "driver", "commit", "torch", "triton", "ptxas", "matrix_tflops_per_s", "copy_gb_per_s")
+FACTS = ("device", "driver", "commit", "torch", "timm", "python", "triton", "ptxas")
+FACTS += ("matrix_tflops_per_s", "copy_gb_per_s")
 MODELS_CAPTION = (
-    "released, ViT: how many times as fast as the released form, eager, and as timm's ViT, compiled. MFU: nominal "
+    "released, ViT: speed relative to the eager released form and to timm's compiled ViT. MFU: nominal "
     "FLOPs, of the matrix rate measured in the run. Peak: above the weights; on a CPU with the optimiser's moments.\n"
 )
 TILE_KEY = ("kernel", "architecture", "precision", "block_d")
@@ -195,8 +196,6 @@ def _profile(rows: list[dict]) -> list[str]:
 
 def pack(rows: list[dict], part: str, folder: Path, output: Path) -> str:
     """Write the summary and the archive of a part's folder into `output`; return the summary."""
-    page = summary(rows, part)
-    (output / f"summary_{part}.md").write_text(page)
     with tarfile.open(output / f"gpu_check_{part}.tar.gz", "w:gz", compresslevel=6) as tar:
         tar.add(folder / "rows.jsonl", "rows.jsonl")
         for log in sorted((folder / "logs").glob("*.log")):
@@ -204,4 +203,6 @@ def pack(rows: list[dict], part: str, folder: Path, output: Path) -> str:
                 text = log.read_bytes()
                 log.write_bytes(text[: MOST_LOG_BYTES // 4] + b"\n[...]\n" + text[-MOST_LOG_BYTES // 2 :])
             tar.add(log, f"logs/{log.name}")
+    page = summary(rows, part)
+    (output / f"summary_{part}.md").write_text(page)
     return page

@@ -1,6 +1,6 @@
 """The jobs that `gpu_check.py` runs in separate processes. Each writes its rows at once.
 
-    python benchmarks/gpu_worker.py environment first --rows FILE --into FILE     # items, versions, ceilings
+    python benchmarks/gpu_worker.py environment --rows FILE --into FILE     # items, versions, ceilings
     python benchmarks/gpu_worker.py items --mode time --items FILE --rows FILE --until 1700000000
     python benchmarks/gpu_worker.py kernels                       # six launches, for ncu
 
@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 REHEARSED = bool(os.environ.get("GPU_CHECK_REHEARSE"))
@@ -72,6 +71,17 @@ def pytest_runtest_logreport(report) -> None:
     Rows(path).add(report.nodeid, status, reason, seconds=round(report.duration, 2))
 
 
+def pytest_runtest_logfinish() -> None:
+    """End a pytest-xdist worker whose GPU no longer responds; pytest-xdist starts another."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            os._exit(1)
+
+
 # --- the environment ----------------------------------------------------------------------------------------------
 
 
@@ -94,7 +104,7 @@ def environment(rows: Rows) -> None:
 # --- lists of items -----------------------------------------------------------------------------------------------
 
 
-def list_items(part: str, rows: Rows) -> dict[str, list[dict]]:
+def list_items(rows: Rows) -> dict[str, list[dict]]:
     """List the items by kind, the most important first; an error costs only its own kinds.
 
     Returns:
@@ -103,7 +113,7 @@ def list_items(part: str, rows: Rows) -> dict[str, list[dict]]:
     found = {}
     for kinds, make in (
         (("operators", "compiled"), _operator_items),
-        (("tiles",), partial(_tile_items, part)),
+        (("tiles",), _tile_items),
         (("probes",), _probe_items),
         (("models", "more"), _model_items),
     ):
@@ -135,11 +145,10 @@ def _operator_items() -> tuple[list[dict], list[dict]]:
     return plain, compiled
 
 
-def _tile_items(part: str) -> tuple[list[dict]]:
+def _tile_items() -> tuple[list[dict]]:
     import tile_search
 
-    items = tile_search.items() if part != "second" else []
-    return (items[:3] if REHEARSED else items,)
+    return (tile_search.items()[: 3 if REHEARSED else None],)
 
 
 def _probe_items() -> tuple[list[dict]]:
@@ -210,7 +219,7 @@ class Worker:
         self.mode, self.rows, self.runs = mode, rows, {}
 
     def run(self, on_cpu: bool = False):
-        """Return the run of the operators, or with `on_cpu` that of whole models, which may be in fp32 on a CPU."""
+        """Return the benchmark's run; with `on_cpu` that of whole models, which a rehearsal runs in fp32 on a CPU."""
         if on_cpu not in self.runs:
             run = _open_run(on_cpu)
             if self.mode == "time":
@@ -374,7 +383,6 @@ def main(argv: list[str] | None = None) -> int:
     """Do one job of `gpu_check.py`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=("environment", "items", "kernels"))
-    parser.add_argument("part", nargs="?", help="part of gpu_check.py, for the job environment")
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--into", type=Path)
     parser.add_argument("--items", type=Path)
@@ -393,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
         items = json.loads(options.items.read_text())
         work_through(items, Worker(options.mode, rows), options.until, options.stall)
     else:
-        options.into.write_text(json.dumps(list_items(options.part, rows)))
+        options.into.write_text(json.dumps(list_items(rows)))
         environment(rows)
     return 0
 

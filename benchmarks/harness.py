@@ -318,7 +318,7 @@ def _facts(device: torch.device) -> dict[str, object]:
     found = provenance()
     if found["commit"].startswith(("installed", "unknown")):  # not a git checkout
         found["commit"] = os.environ.get("COMMIT", found["commit"])
-    facts = {key: found[key] for key in ("commit", "torch", "device")} | {"driver": "none"}
+    facts = {key: found[key] for key in ("commit", "torch", "timm", "python", "device")} | {"driver": "none"}
     if device.type == "cuda":
         facts |= {"device": torch.cuda.get_device_name(device), "driver": driver_version()}
     return facts | {"triton": metadata.version("triton"), "ptxas": ptxas_version(device)}

@@ -1,7 +1,7 @@
 """Whole models as problems: the released form, ours and a ViT of the same sizes, their gate and their cost.
 
-Compiled peers are `torch.compile(model, dynamic=False)` in its default mode; loss and optimiser stay outside. In a
-smoke run the backend is "eager", which traces as they do and generates no code.
+Compiled peers are `torch.compile(model, dynamic=False)` in its default mode; loss and optimiser stay outside. A
+smoke run uses the backend "eager": it traces the model and generates no code.
 
 The gate. In fp32 ours must agree with the released form within `TIGHT` (each parameter's gradient of an autoencoder
 within 5 %). Under autocast every peer of the same function is compared on the whole batch with the released form in

@@ -267,8 +267,9 @@ def time_tile(item: dict, timer: Timer) -> dict:
 
 
 def _milliseconds(timer: Timer, call: Callable[[], object]) -> float:
-    calls = CALLS if timer.on_gpu else 1
-    return statistics.median(timer.sample(Step(lambda _: call()), calls, 1))
+    step = Step(lambda _: call())
+    calls, flushes = (CALLS, timer.plan(step).flushes) if timer.on_gpu else (1, 0)
+    return statistics.median(timer.sample(step, calls, flushes))
 
 
 # --- rows of the table --------------------------------------------------------------------------------------------

@@ -91,7 +91,10 @@ def _problems(rows: list[dict]) -> list[dict]:
         line |= {"ours, peak MiB": _cell(ours, lambda row: row["peak_mib"] or "n/a")}
         for peer in dict.fromkeys(row["peer"] for row in rows if row["peer"] != OURS):
             shown = by_peer.get(peer) if ours_ms else ours
-            line[peer] = _cell(shown, lambda row, ours_ms=ours_ms: f"{row['latency_ms'] / ours_ms:.2f}×")
+            # with ours measured beside this peer
+            line[peer] = _cell(
+                shown, lambda row, ours_ms=ours_ms: f"{row.get('ours_faster') or row['latency_ms'] / ours_ms:.2f}×"
+            )
         lines.append(line)
     return lines
 
@@ -118,7 +121,7 @@ def gpu_table(results: Path = RESULTS) -> str:
 
 def models_table(results: Path = RESULTS) -> str:
     """Make the tables of whole models on a GPU, or a sentence if there are no results."""
-    return "\n".join(_gpu_tables(results, ("crate_gpu", "growth_gpu"), "../../")) or NOT_MEASURED
+    return "\n".join(_gpu_tables(results, ("crate_gpu", "model_gpu", "growth_gpu"), "../../")) or NOT_MEASURED
 
 
 # --- results of a GPU check ---------------------------------------------------------------------------------------
@@ -166,7 +169,7 @@ def take(source: Path, results: Path = RESULTS) -> None:
                     found[tuple(row[key] for key in KEYS)] = row
             merged = earlier_rows(results / f"{name}.json", measured, KEYS) + list(found.values())
             write_results(name, merged, times(merged), results, _facts(measured[0]))
-    kept = [{key: value for key, value in row.items() if key != "row"} for row in rows if "bench" not in row]
+    kept = [{key: row[key] for key in row if key not in ("row", "output")} for row in rows if "bench" not in row]
     for row in kept:
         row["reason"] = row["reason"] and str(row["reason"])[:300]
     kept = earlier_rows(results / "gpu_check.json", kept, ["stage"]) + kept

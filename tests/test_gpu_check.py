@@ -138,13 +138,13 @@ def test_faults_cost_only_themselves(check):
     right = {f"{name} {name}" for name in "abcde"} | {"both ours", "both: ours ours", "both: theirs theirs"}
     assert {row["item"] for row in rows if row["status"] == "ok"} == right
     lost = {
-        "slow": ("red", "timed out"),
+        "slow": ("n/a", "timed out"),
         "never": ("n/a", gpu_check.NO_TIME),
         "raises": ("red", "ZeroDivisionError"),
         "crash": ("red", "SIGABRT"),
         "hang": ("red", "no progress for 1 s"),
         "both": ("n/a", "SIGABRT"),
-        "both: crash": ("red", "SIGABRT"),
+        "both: crash": ("n/a", "SIGABRT"),
         "x": ("n/a", "exit status 7"),
         "y": ("n/a", "exit status 7"),
     }
@@ -307,7 +307,7 @@ def test_tiles_that_do_not_compile_or_spill_are_not_timed(check, monkeypatch):
 def test_work_is_listed_by_kind_with_unique_names(monkeypatch, tmp_path):
     """If one kind cannot be listed, the others are."""
     rows = gpu_worker.Rows(tmp_path / "rows.jsonl")
-    listed = gpu_worker.list_items("first", rows)
+    listed = gpu_worker.list_items(rows)
     assert listed.keys() == {"operators", "compiled", "tiles", "probes", "models", "more"}
     for items in listed.values():
         assert len({item["name"] for item in items}) == len(items) > 0
@@ -316,8 +316,8 @@ def test_work_is_listed_by_kind_with_unique_names(monkeypatch, tmp_path):
     assert listed["compiled"][0]["peers"] == ["ours", "FlexAttention"]
     assert listed["models"][1]["peers"] == ["ours", "ViT (timm), compiled"]
     monkeypatch.setattr(gpu_worker, "_probe_items", lambda: 1 / 0)
-    listed = gpu_worker.list_items("second", rows)
-    assert {kind for kind, items in listed.items() if items} == {"operators", "compiled", "models", "more"}
+    listed = gpu_worker.list_items(rows)
+    assert {kind for kind, items in listed.items() if items} == {"operators", "compiled", "tiles", "models", "more"}
     (red,) = gpu_report.read_rows(tmp_path / "rows.jsonl")
     assert (red["item"], red["status"]) == ("list of probes", "red")
 
