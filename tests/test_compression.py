@@ -49,7 +49,7 @@ def _inputs(device, dtype=SINGLE, shape=(2, 17)) -> list[Tensor]:
 @pytest.mark.parametrize(  # the fused map has no tile in fp32
     ("dtype", "fused_map"), [(SINGLE, "1"), (HALF, "0"), (HALF, "1")], indirect=["fused_map"]
 )
-@pytest.mark.parametrize("shape", [(2, 17), (1, 1), (3, 65)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 17), (1, 1), (2, 65)], ids=str)
 def test_compress_agrees_with_the_reference(shape, dtype, residual, fused_map, device, poisoned):
     functions = (partial(function, residual=residual) for function in (_ours, _reference))
     assert agrees(*functions, _inputs(device, dtype, shape), "h dx dγ dβ dU dV db")
@@ -124,7 +124,8 @@ def test_opcheck(skip_normed, device):
     h, normed, _, *kept = triton_ops.compression_fwd(x, *weights, *options)
     arguments = (h, *weights[:4], normed, *kept, None, None, 0.25, skip_normed, HALF, HALF)  # all but the bias
     for wanted in WANTED[skip_normed]:
-        torch.library.opcheck(triton_ops.compression_bwd, (*arguments, wanted))
+        utils = {} if all(wanted) else {"test_utils": ("test_schema", "test_faketensor")}  # the first is traced too
+        torch.library.opcheck(triton_ops.compression_bwd, (*arguments, wanted), **utils)
 
 
 def test_only_requested_gradients_are_computed(device, monkeypatch):

@@ -128,7 +128,7 @@ def visit(browser, address):
 def test_a_picture_is_uploaded_explored_and_saved(visit, explorer, address):
     for figure in FIGURES:
         drawn = Image.open(io.BytesIO(visit.ready(figure).screenshot())).convert("RGB")
-        assert len(set(drawn.get_flattened_data())) > 20, figure
+        assert len(drawn.getcolors(2**24)) > 20, figure
     data = picture_file(7, size=(300, 150))
     visit.upload("wide photo.png", data)
     key = explorer.pictures.add(data, "x")
@@ -360,7 +360,7 @@ def test_a_model_that_cannot_be_opened_is_a_message(visit):
 def test_the_page_fits_every_width_and_has_a_dark_scheme(visit):
     visit.page.check("#compare")
     visit.wait("1/s0/3/cls", panel=2)
-    for width in (2200, 1366, 1024, 380, 320):
+    for width in (2200, 1024, 320):
         visit.page.set_viewport_size({"width": width, "height": 768})
         visit.page.wait_for_function(f"document.documentElement.scrollWidth <= {width}")  # canvases are redrawn
     for scheme in ("light", "dark"):

@@ -53,11 +53,17 @@ def test_opcheck_of_attention(device):
     torch.library.opcheck(triton_ops.subspace_attention_bwd, (out, w.detach(), out, lse, 0.2))
 
 
+def _utils(wanted: list[bool]) -> str | tuple[str, ...]:
+    """Return the checks of an operator that returns the wanted results; one with all is traced too."""
+    return "ALL" if all(wanted) else ("test_schema", "test_faketensor")
+
+
 @pytest.mark.parametrize("with_norm", [False, True])
 def test_opcheck_of_ista(with_norm, device):
     x, weight, bias, dictionary = _ista_inputs(device, rows=(17,))
     folded = fold_dictionary(dictionary.detach())
-    torch.library.opcheck(triton_ops.fold, (dictionary.detach(), 0.1, torch.float16))
+    if with_norm:
+        torch.library.opcheck(triton_ops.fold, (dictionary.detach(), 0.1, torch.float16))
     norm = (weight, bias) if with_norm else (None, None)
     for keep in (False, True):
         arguments = (x, *norm, dictionary, folded, 0.1, 0.1, 1e-5, False, keep)
@@ -74,7 +80,8 @@ def test_opcheck_of_ista(with_norm, device):
     for rows, means, matrix in kept:
         for wanted in ([True] * 4, [True, *[False] * 3], [False] * 3 + [True]):
             others = (rstd, *norm, dictionary, matrix, 0.1, 1e-5, torch.float32, wanted)
-            torch.library.opcheck(triton_ops.ista_bwd, (y, nonzero, rows, means, *others))
+            arguments = (y, nonzero, rows, means, *others)
+            torch.library.opcheck(triton_ops.ista_bwd, arguments, test_utils=_utils(wanted))
 
 
 def test_only_requested_gradients_are_computed(device, monkeypatch):

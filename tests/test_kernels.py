@@ -25,7 +25,9 @@ from crate_fast.reference import ista_reference, norm_ista_reference, subspace_a
 HALF, SINGLE = torch.float16, torch.float32
 FORWARD, BACKWARD = Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)  # tiles of whole heads
 ROW_TILES = sorted({(t.block_m, t.block_n) for (kernel, *_), t in TABLE.items() if kernel.startswith("attention")})
-PRODUCT_TILES = sorted({(t.block_m, t.block_n, t.block_k) for t in TABLE.values() if t.block_k})
+PRODUCT_TILES = sorted(  # of each block of results, that with the largest block_k
+    {t[:2]: t for t in sorted((t.block_m, t.block_n, t.block_k) for t in TABLE.values() if t.block_k)}.values()
+)
 
 
 def by_rows(w: Tensor, grad: Tensor, scale: float | None = None, module=attention, tile: Tile | None = None) -> list:
@@ -61,7 +63,7 @@ ATTENTION = [  # schedule, [B, N, H, D], dtype, options of `tokens_and_gradient`
     *itertools.product([by_rows], [(1, 64, 1, 128), (1, 65, 2, 64), (2, 197, 1, 64)], [SINGLE, HALF], [{}]),
     *((by_rows, shape, HALF, {}) for shape in ((1, 196, 1, 48), (1, 785, 1, 64))),
     # one to three blocks; a remainder of no key, one key, or several blocks of keys, full or not
-    *((whole_heads, (1, n, 1, 64), SINGLE, {}) for n in (64, 65, 101, 130, 180, 192, 197, 207, 209, 226, 256)),
+    *((whole_heads, (1, n, 1, 64), SINGLE, {}) for n in (64, 65, 130, 180, 192, 197, 209, 226, 256)),
     *((whole_heads, (1, n, 1, 48), SINGLE, {}) for n in (65, 240)),
     *((whole_heads, (1, n, 2, d), HALF, {}) for n, d in ((65, 64), (197, 64), (226, 64), (197, 48))),
     # uniform, saturated and shifted: if every token attends only to itself, dO·W − δ must be zero
@@ -191,12 +193,11 @@ def test_strided_and_expanded_tokens_give_right_results(view, attend, device, po
     assert _attention_is_right(attend, w, torch.randn(w.shape, device=device))
 
 
-@both_schedules
-def test_strided_and_expanded_gradients_give_right_results(attend, device, poisoned):
+def test_strided_and_expanded_gradients_give_right_results(device, poisoned):
     w, grad = tokens_and_gradient((2, 65, 2, 32), SINGLE, device)
-    assert _attention_is_right(attend, w, torch.ones((), device=device).expand(w.shape))
-    assert _attention_is_right(attend, w, grad.transpose(1, 2).contiguous().transpose(1, 2))
-    assert _attention_is_right(attend, w, grad[:1, :, :1].expand(w.shape))
+    assert _attention_is_right(by_rows, w, torch.ones((), device=device).expand(w.shape))
+    assert _attention_is_right(by_rows, w, grad.transpose(1, 2).contiguous().transpose(1, 2))
+    assert _attention_is_right(by_rows, w, grad[:1, :, :1].expand(w.shape))
 
 
 def test_an_image_too_large_to_address_is_an_error(device):
@@ -302,7 +303,7 @@ def test_mutants_of_whole_heads_fail(name, device, tmp_path, poisoned):
     assert not _attention_is_right(whole_heads, w, grad, module=module)
 
 
-SIZES = [((1, 32), "relu"), ((15, 48), "soft"), ((197, 96), "relu"), ((197, 96), "soft"), ((130, 33), "relu")]  # M, C
+SIZES = [((1, 32), "relu"), ((15, 48), "soft"), ((197, 96), "relu"), ((130, 33), "relu")]  # M, C
 
 
 def _inputs(size, dtype, device, norm: bool = True) -> list[Tensor]:
@@ -397,6 +398,7 @@ def test_a_nan_row_is_not_hidden_and_results_of_constant_rows_are_finite(with_no
 RELU = "y = tl.where(y <= shift, 0.0, y - shift)"
 MASKED = "return product(masked, folded, masked, tile)"
 MUTANTS = {  # (module, code of the kernel, its replacement)
+    "none": (product, "y = x + acc", "y = x + acc"),
     "no residual": (product, "y = x + acc", "y = acc"),
     "the threshold doubled": (product, RELU, "y = tl.where(y <= shift, 0.0, y - 2 * shift)"),
     "no threshold": (product, RELU, "y = tl.where(y <= 0.0, 0.0, y)"),
@@ -428,7 +430,7 @@ MUTANTS = {  # (module, code of the kernel, its replacement)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutants_of_ista_fail(name, device, tmp_path, monkeypatch, poisoned):
+def test_only_mutants_of_ista_fail(name, device, tmp_path, monkeypatch, poisoned):
     """The columns end in two halves, the last one ragged; there are more tiles and rows than programs."""
     module, *mutation = MUTANTS[name]
     monkeypatch.setenv("CRATE_FAST_SELF_CHECK", "0")
@@ -439,7 +441,7 @@ def test_mutants_of_ista_fail(name, device, tmp_path, monkeypatch, poisoned):
     _use_tile(Tile(64, 128, 4, 1, 32, persistent=True), monkeypatch)
     autocast = "fp32" in name
     inputs = _inputs((300, 96), SINGLE if module is layer_norm or autocast else HALF, device)
-    assert not _ista_is_right(inputs, autocast=autocast)
+    assert _ista_is_right(inputs, autocast=autocast) == (name == "none")
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)

@@ -20,9 +20,11 @@ from crate_fast.model import ALPHA_OPTIONS
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 10, "dim": 64, "depth": 2, "heads": 2, "dim_head": 32}
 OPTIONS = [
     {},
-    {"dim": 16, "heads": 1, "dim_head": 16},  # no output map, and more tokens than width: ISTA by one product
     {"attention": "mhsa", "sparsifier": "mlp", "residual": "paper", "pool": "mean", "num_classes": 0},
-    {"threshold": "soft", "head_hidden": True, "ista": 1, "dropout": 0, "emb_dropout": 0, "embed_norm": False},
+    {  # no output map, and more tokens than width: ISTA by one product
+        "dim": 16, "heads": 1, "dim_head": 16, "threshold": "soft", "head_hidden": True, "ista": 1, "dropout": 0,
+        "emb_dropout": 0, "embed_norm": False,
+    },
     ALPHA_OPTIONS,
 ]
 every_kind = pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -77,7 +79,7 @@ def test_traces_check_images_as_the_model_does():
 
 @every_kind
 def test_scripted_traced_and_exported_models_take_any_batch_and_have_no_operator_of_this_package(options):
-    model = _model(**options)
+    model = _model(depth=1, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         traced = torch.jit.trace(model, _images(2))
@@ -125,7 +127,7 @@ def test_torch_export_has_dynamic_image_sizes():
 
 @every_kind
 def test_gradients_of_an_ensemble_and_single_images_by_vmap_equal_those_of_a_loop(options):
-    members, images = [_model(**options).train(), _model(**options).train()], _images(2)
+    members, images = [_model(depth=1, **options).train() for _ in range(2)], _images(2)
 
     def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
         return functional_call(members[0], parameters, (image[None],)).float().square().sum()
@@ -147,7 +149,7 @@ def test_gradients_of_an_ensemble_and_single_images_by_vmap_equal_those_of_a_loo
 @every_kind
 def test_forward_mode_and_second_derivatives(options):
     """jvp was once silently zero through the operators of the CPU."""
-    model = _model(**options).double()
+    model = _model(depth=1, **options).double()
     images, direction, step = _images(2).double(), _images(2).double(), 1e-6
     difference = (model(images + step * direction) - model(images - step * direction)) / (2 * step)
     model.float()

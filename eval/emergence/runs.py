@@ -47,7 +47,8 @@ from crate_fast.train.trainer import launch
 _POLL_SECONDS = 0.5
 _LOCK_SECONDS = 120.0  # time for an orphaned job to save and stop
 _FORKSERVER = multiprocessing.get_context("forkserver")  # jobs start fast and may use CUDA
-_FORKSERVER.set_forkserver_preload(["crate_fast.eval.emergence.runs"])
+_PRELOADED = ["crate_fast.eval.emergence.runs", "torch.utils.tensorboard", "scipy.ndimage", "pycocotools.cocoeval"]
+_FORKSERVER.set_forkserver_preload(_PRELOADED)
 
 
 @dataclass(frozen=True)
