@@ -22,8 +22,15 @@ OPTIONS = [
     {},
     {"attention": "mhsa", "sparsifier": "mlp", "residual": "paper", "pool": "mean", "num_classes": 0},
     {  # no output map, and more tokens than width: ISTA by one product
-        "dim": 16, "heads": 1, "dim_head": 16, "threshold": "soft", "head_hidden": True, "ista": 1, "dropout": 0,
-        "emb_dropout": 0, "embed_norm": False,
+        "dim": 16,
+        "heads": 1,
+        "dim_head": 16,
+        "threshold": "soft",
+        "head_hidden": True,
+        "ista": 1,
+        "dropout": 0,
+        "emb_dropout": 0,
+        "embed_norm": False,
     },
     ALPHA_OPTIONS,
 ]
