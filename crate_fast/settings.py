@@ -39,9 +39,16 @@ def tiles_file() -> str | None:
     return os.environ.get("CRATE_FAST_TILES")
 
 
-def usable_cores() -> int:
-    """Return the number of CPU cores that this process may use; a job scheduler may allow fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(processes: int = 1) -> int:
+    """Return the number of CPU cores for each of the processes that torchrun has started on this host.
+
+    These are the cores that the process may use, but not more than its share of torchrun's. A job scheduler limits
+    torchrun's, and `--numa-binding` those of each process.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, (os.cpu_count() or 1) // processes)
+    own = len(os.sched_getaffinity(0))
+    return own if processes == 1 else max(1, min(own, len(os.sched_getaffinity(os.getppid())) // processes))
 
 
 def require_gpu() -> bool:

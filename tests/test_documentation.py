@@ -136,7 +136,11 @@ def _parsed_only(page: Path, command: str) -> bool:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in (*PAGES, *PROTOCOL_PAGES) if any(_parsed_only(page, command) for command in _commands(page))],
+    [
+        page
+        for page in (*PAGES, *PROTOCOL_PAGES)
+        if any(_parsed_only(page, command) or "tests/" in command for command in _commands(page))
+    ],
     ids=lambda page: page.name,
 )
 def test_options_of_commands_that_do_not_run_here_are_valid(page, monkeypatch):

@@ -99,7 +99,8 @@ def test_the_shards_of_a_split_are_found_by_name(tmp_path):
 
 def test_links_have_the_content_of_their_targets(tmp_path, capsys):
     hard, symbolic = tarfile.LNKTYPE, tarfile.SYMTYPE
-    links = [("d/a.png", hard, "./1.png"), ("d/a.cls", symbolic, "../2.cls"), ("d/b.png", symbolic, "/nowhere.png")]
+    links = [("d/a.png", hard, "./1.png"), ("d/a.cls", symbolic, "b.txt"), ("d/b.txt", symbolic, "../2.cls")]
+    links += [("d/b.png", symbolic, "/nowhere.png")]
     files = [("1.png", grey(1)), ("1.cls", b"1"), ("2.png", grey(2)), ("2.cls", b"0")]
     assert _values(_open(write_tar(tmp_path / "train-0.tar", [*files, *links]))) == [(1, 1), (2, 0), (1, 0)]
     assert "1 broken links are ignored, such as" in capsys.readouterr().err

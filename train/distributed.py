@@ -112,7 +112,7 @@ def process_group(device: str, threads: int = 0):
     if chosen.type == "cuda" and ":" in device and local_size > 1:
         raise UserError(f"device={device!r} would be shared by {local_size} processes: pass --device cuda")
     if threads or local_size > 1:
-        torch.set_num_threads(threads or max(1, usable_cores() // local_size))
+        torch.set_num_threads(threads or usable_cores(local_size))
     if world_size > 1:
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",

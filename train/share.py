@@ -33,6 +33,7 @@ _MACHINE_SETTINGS = ("data_dir", "init", "device", "threads", "workers", "wandb"
 def _card(name: str, facts: dict, results: list[str], config: TrainConfig, license_name: str) -> str:
     changed = {key: value for key, value in vars(config).items() if value != getattr(TrainConfig, key)}
     settings = {key: value for key, value in changed.items() if key not in _MACHINE_SETTINGS}
+    command = "finetune --init WEIGHTS" if config.init else "pretrain"
     head = {"library_name": "timm", "license": license_name, "tags": ["image-classification", "timm", "crate"]}
     usage = 'import crate_fast, timm\n\nmodel = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()'
     parts = [
@@ -41,7 +42,7 @@ def _card(name: str, facts: dict, results: list[str], config: TrainConfig, licen
         "\n".join(f"* {key}: {value}" for key, value in facts.items()),
         "## Results\n\n" + ("\n".join(f"* {line}" for line in results) or "None recorded."),
         f"## Use\n\n```python\n{usage}\n```\n\n## Training",
-        "As a recipe, for `crate-fast pretrain --recipe FILE.yaml`:",
+        f"As a recipe, for `crate-fast {command} --recipe FILE.yaml`:",
         f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n",
     ]
     return "\n\n".join(parts)

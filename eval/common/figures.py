@@ -130,7 +130,9 @@ def curve_figure(
                 x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
                 colour = colours[curve.like or curve.label]
                 marker = {"ls": "--"} if curve.dashed else {"marker": "o" if len(x) <= 32 else "", "ms": 3}
-                axis.plot(x, y, color=colour, lw=1.4, label=curve.label.replace("$", r"\$"), **marker)
+                label = curve.label.replace("$", r"\$")
+                label = f" {label}" if label.startswith("_") else label  # matplotlib would hide it
+                axis.plot(x, y, color=colour, lw=1.4, label=label, **marker)
                 if curve.spread is not None:
                     band = np.asarray(curve.spread, float)
                     axis.fill_between(x, y - band, y + band, color=colour, alpha=0.15, lw=0)

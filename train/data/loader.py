@@ -251,8 +251,7 @@ def eval_loader(config: TrainConfig, data: Dataset, *, rank: int = 0, world_size
 def _loader(config: TrainConfig, data: Dataset, batches, persistent: bool = False) -> DataLoader:
     workers, on_gpu = config.workers, config.device != "cpu" and torch.cuda.is_available()
     if workers is None:  # on a CPU, workers compete with the training threads and slow them down
-        share = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(8, share) if on_gpu else 0
+        workers = min(8, usable_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if on_gpu else 0
     return DataLoader(
         data,
         batch_sampler=batches,

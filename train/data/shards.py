@@ -28,7 +28,7 @@ from crate_fast.errors import UserError
 from crate_fast.train.data.image_files import EXTENSIONS, ImageTree, is_hidden, is_image, looks_like_image
 from crate_fast.train.data.sources import MOST_CLASSES, Source
 
-_VERSION = 5  # of the cached index; increase it when EXTENSIONS changes
+_VERSION = 6  # of the cached index; increase it when EXTENSIONS or the list of members changes
 _FIRST_DOT = "WebDataset ends a sample's name at its first dot: use names without other dots, such as a_1.jpg"
 _PADDING = 16 * 2**20  # largest padding of an archive in bytes; tar writes up to 10 KiB of zeros
 _HEADER = 512  # bytes of a tar header; the last header of a member directly precedes its data
@@ -77,8 +77,10 @@ def _members(archive: Path, nested: bool = False) -> tuple[list[tuple[str, int, 
         raise UserError(f"{archive} cannot be read ({error}): make it readable, or copy it again") from error
     places = {name: place for name, *place, target in found if target is None}
     links = {name: target for name, *_, target in found if target is not None}
-    while resolved := {name: places[to] for name, to in links.items() if name not in places and to in places}:
-        places |= resolved  # a link may lead to another link
+    resolved = {name: places[to] for name, to in links.items() if to in places}
+    while resolved:  # a link may lead to another link
+        places |= resolved
+        resolved = {name: places[to] for name, to in links.items() if name not in places and to in places}
     members = [(name, *(places[name] if name in links else place)) for name, *place, _ in found if name in places]
     return members, [f"{archive}/{name}" for name in links if name not in places]
 
