@@ -184,9 +184,7 @@ def _layer_norm_backward(wide, grad, rows, mean, rstd, dtype, gamma=None, skip=N
     scaled = grad if gamma is None else grad * gamma
     along, average = (part.mean(-1, keepdim=True) for part in (scaled * normed, scaled))
     dx = (scaled - average - normed * along) * rstd[:, None]
-    sums = None if skip is None else skip.sum(0)[None]
-    if gamma is not None:
-        sums = torch.stack([(grad * normed).sum(0), grad.sum(0)])
+    sums = skip.sum(0)[None] if gamma is None else torch.stack([(grad * normed).sum(0), grad.sum(0)])
     return dx if skip is None else dx + skip, sums, None if normed_dtype is None else normed
 
 

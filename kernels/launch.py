@@ -20,24 +20,7 @@ from torch import Tensor
 
 from crate_fast.settings import tiles_file
 
-__all__ = [
-    "ARCHITECTURES",
-    "INTERPRETED",
-    "SHARED_MEMORY",
-    "TABLE",
-    "Launch",
-    "Tile",
-    "architecture",
-    "assuming_gpu",
-    "find",
-    "lookup",
-    "precision",
-    "processors",
-    "recorded",
-    "unavailable_reason",
-]
-
-MAX_HEAD_DIM = 128
+_MAX_HEAD_DIM = 128
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -113,8 +96,8 @@ def unavailable_reason(
         return "the kernels multiply float32 as TF32, and torch.set_float32_matmul_precision does not allow it"
     if dtype == torch.bfloat16 and device.type == "cpu":
         return "Triton's interpreter computes bfloat16 wrongly; check with float16 or float32"
-    if head_dim is not None and head_dim > MAX_HEAD_DIM:
-        return f"the kernels support heads up to {MAX_HEAD_DIM} wide, and this one is {head_dim}"
+    if head_dim is not None and head_dim > _MAX_HEAD_DIM:
+        return f"the kernels support heads up to {_MAX_HEAD_DIM} wide, and this one is {head_dim}"
     return None
 
 

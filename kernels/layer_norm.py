@@ -60,7 +60,7 @@ def _layer_norm_bwd_kernel(
     skip_ptr,  # gradient of x from the skip connection [M, C], contiguous, or None
     dx_ptr,  # [M, C], contiguous, x's dtype
     normed_ptr,  # n, written for a product [M, C], contiguous, or None
-    partial_ptr,  # shares of dγ and dβ [2, programs, C], or without gamma of Σ skip [1, …], fp32; or None
+    partial_ptr,  # shares of dγ and dβ [2, programs, C], or without gamma of Σ skip [1, …], fp32
     n_rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Compute dx = rstd·(dn − mean_c(dn) − n·mean_c(dn·n)) with dn = gγ, plus the skip connection's gradient; and one
@@ -102,11 +102,10 @@ def _layer_norm_bwd_kernel(
         if gamma_ptr is not None:
             first += tl.sum(grad * normed, 0)
             second += tl.sum(grad, 0)
-    if partial_ptr is not None:
-        share = tl.program_id(0) * WIDTH + offs_c
-        tl.store(partial_ptr + share, first, mask=mask_c)
-        if gamma_ptr is not None:
-            tl.store(partial_ptr + tl.num_programs(0) * WIDTH + share, second, mask=mask_c)
+    share = tl.program_id(0) * WIDTH + offs_c
+    tl.store(partial_ptr + share, first, mask=mask_c)
+    if gamma_ptr is not None:
+        tl.store(partial_ptr + tl.num_programs(0) * WIDTH + share, second, mask=mask_c)
 
 
 def _rows_tile(width: int) -> Tile:
@@ -158,21 +157,19 @@ def backward(
         rows: n [M, C] from `normalize`; or x itself, with `mean`, if the rounding of n would show in dγ.
         mean, rstd: From `normalize`.
         dtype: x's dtype, which dx gets.
-        gamma: γ [C].
+        gamma: γ [C]; without it, `skip` is needed.
         skip: Gradient of x from a skip connection [M, C], added to dx.
         normed_dtype: Also return n [M, C] in this dtype, for a product.
 
     Returns:
-        dx; sums in fp32: dγ and dβ [2, C] with `gamma`, else Σ skip [1, C] with `skip`, else [0, C]; n or None.
+        dx; sums in fp32: dγ and dβ [2, C] with `gamma`, else Σ skip [1, C]; n or None.
     """
     grad, rows, skip = grad.contiguous(), rows.contiguous(), None if skip is None else skip.contiguous()
     dx = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     normed = None if normed_dtype is None else torch.empty(grad.shape, dtype=normed_dtype, device=grad.device)
-    count = 2 if gamma is not None else int(skip is not None)
-    partial = shares(count, grad) if count else None
+    partial = shares(1 if gamma is None else 2, grad)
     gamma = None if gamma is None else gamma.contiguous()
     tensors = {"grad_ptr": grad, "rows_ptr": rows, "mean_ptr": mean, "rstd_ptr": rstd, "gamma_ptr": gamma}
     tensors |= {"skip_ptr": skip, "dx_ptr": dx, "normed_ptr": normed, "partial_ptr": partial}
     plan_rows(_layer_norm_bwd_kernel, grad, tensors, partial).run()
-    sums = partial.sum(1) if count else grad.new_empty(0, grad.shape[1], dtype=torch.float32)
-    return dx, sums, normed
+    return dx, partial.sum(1), normed
