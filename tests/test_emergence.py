@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -204,9 +205,13 @@ def finished(tmp_path_factory):
     command = [sys.executable, "-m", "crate_fast.cli", "reproduce", "emergence", *options(output)]  # as a user does
     popen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, **popen)
-    wait_until(lambda: len(_times(output)) >= 2, process)
-    os.killpg(process.pid, signal.SIGTERM)  # as from a job scheduler: the runs get it too
-    text, _ = process.communicate(timeout=60)
+    try:
+        wait_until(lambda: len(_times(output)) >= 2, process)
+        os.killpg(process.pid, signal.SIGTERM)  # as from a job scheduler: the runs get it too
+        text, _ = process.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # after a failure
     assert process.returncode == 0, text
     assert "the same command continues" in text
     process = runs_module._FORKSERVER.Process(target=cli.main, args=(command[3:],))
