@@ -78,7 +78,8 @@ def pytest_runtest_logfinish() -> None:
 
         try:
             torch.cuda.synchronize()
-        except Exception:
+        except RuntimeError as error:
+            print(f"this test worker ends: {error}", file=sys.stderr, flush=True)
             os._exit(1)
 
 

@@ -1,7 +1,6 @@
 """Versions, devices and backends of this machine (`python -m crate_fast.env`), and the provenance of results.
 
-The functions import PyTorch themselves, which takes seconds, so that the command can print the
-versions first.
+The functions import PyTorch themselves, which takes seconds, so that the command can print the versions first.
 """
 
 from __future__ import annotations

@@ -355,13 +355,11 @@ def _statistics(normalize: nn.Module) -> tuple[list[float], list[float]]:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from crate_fast.eval.common.models import class_names, open_model
+    from crate_fast.eval.common.models import check_model_args, class_names, open_model
     from crate_fast.eval.common.results import file_name, make_folder
 
     loaded = open_model(options.model, "cpu", options.image_size, options.model_args, options.seed)
-    if options.model_args and not loaded.facts["model_args"]:
-        words = " ".join(options.model_args)
-        raise UserError(f"--model-args {words}: runs and shared models have their own settings; leave them out")
+    check_model_args(options.model_args, [loaded])
     if not isinstance(loaded.model, CRATE):
         raise UserError(
             f"{loaded.facts['model']} is a {type(loaded.model).__name__} of timm: crate-fast exports CRATE, its "

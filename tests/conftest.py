@@ -5,6 +5,7 @@ import gc
 import os
 import re
 from argparse import Namespace
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -163,17 +164,20 @@ def refuses(capsys):
     return check
 
 
-@pytest.fixture(scope="module")
-def no_figures():
-    """Skip the figures of the module's training runs."""
-    from runs import without_figures
-
+@contextmanager
+def _without_figures():
     from crate_fast.train import report
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("curve_figure", "image_grid"):
-            patch.setattr(report, name, getattr(report, name))  # so that the context restores it
-        without_figures()
+            patch.setattr(report, name, lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_figures():
+    """Skip the figures of the module's training runs."""
+    with _without_figures():
         yield
 
 
@@ -189,14 +193,12 @@ def drawn(monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """Folder of a finished run on shape_scenes, 32 px, with checkpoints at steps 4 and 8."""
-    from crate_fast.train import pretrain, report
+    from crate_fast.train import pretrain
 
     folder = tmp_path_factory.mktemp("run") / "tiny"
     words = "--train-samples 64 --val-samples 16 --batch-size 16 --epochs 2 --dim 32 --depth 2 --heads 2 "
     words += "--image-size 32 --segmentation-samples 8 --keep-checkpoints 9"
-    with pytest.MonkeyPatch.context() as patch:  # nobody looks at its figures
-        for name in ("curve_figure", "image_grid"):
-            patch.setattr(report, name, lambda *_, **__: None)
+    with _without_figures():  # nobody looks at them
         assert pretrain.main([*words.split(), "--output", str(folder)]) == 0
     return folder
 

@@ -91,3 +91,8 @@ def _load(path: Path):
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def opcheck_tests(wanted: list[bool]) -> str | tuple[str, ...]:
+    """Return opcheck's tests of an operator that returns the wanted results; one with all results is traced too."""
+    return "ALL" if all(wanted) else ("test_schema", "test_faketensor")

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import agrees, all_within_twice_eager, gradients, token_scale
+from oracle import agrees, all_within_twice_eager, gradients, opcheck_tests, token_scale
 from torch import Tensor
 
 from crate_fast import CRATE, CRATEMAE, functional, triton_ops
@@ -124,8 +124,7 @@ def test_opcheck(skip_normed, device):
     h, normed, _, *kept = triton_ops.compression_fwd(x, *weights, *options)
     arguments = (h, *weights[:4], normed, *kept, None, None, 0.25, skip_normed, HALF, HALF)  # all but the bias
     for wanted in WANTED[skip_normed]:
-        utils = {} if all(wanted) else {"test_utils": ("test_schema", "test_faketensor")}  # the first is traced too
-        torch.library.opcheck(triton_ops.compression_bwd, (*arguments, wanted), **utils)
+        torch.library.opcheck(triton_ops.compression_bwd, (*arguments, wanted), test_utils=opcheck_tests(wanted))
 
 
 def test_only_requested_gradients_are_computed(device, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from oracle import model_gradients
+from oracle import model_gradients, opcheck_tests
 from runs import free_port
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -53,11 +53,6 @@ def test_opcheck_of_attention(device):
     torch.library.opcheck(triton_ops.subspace_attention_bwd, (out, w.detach(), out, lse, 0.2))
 
 
-def _utils(wanted: list[bool]) -> str | tuple[str, ...]:
-    """Return the checks of an operator that returns the wanted results; one with all is traced too."""
-    return "ALL" if all(wanted) else ("test_schema", "test_faketensor")
-
-
 @pytest.mark.parametrize("with_norm", [False, True])
 def test_opcheck_of_ista(with_norm, device):
     x, weight, bias, dictionary = _ista_inputs(device, rows=(17,))
@@ -81,7 +76,7 @@ def test_opcheck_of_ista(with_norm, device):
         for wanted in ([True] * 4, [True, *[False] * 3], [False] * 3 + [True]):
             others = (rstd, *norm, dictionary, matrix, 0.1, 1e-5, torch.float32, wanted)
             arguments = (y, nonzero, rows, means, *others)
-            torch.library.opcheck(triton_ops.ista_bwd, arguments, test_utils=_utils(wanted))
+            torch.library.opcheck(triton_ops.ista_bwd, arguments, test_utils=opcheck_tests(wanted))
 
 
 def test_only_requested_gradients_are_computed(device, monkeypatch):

@@ -79,9 +79,8 @@ class Classification(Objective):
         targets = labels
         if self.erase is not None or self.mix is not None:
             part = part * self.processes.world_size + self.processes.rank
-            with drawing_from(
-                self.config.seed, step, _BATCH_KEY + part, on_devices=True
-            ):  # equal draws in a resumed run
+            # equal draws in a resumed run
+            with drawing_from(self.config.seed, step, _BATCH_KEY + part, on_devices=True):
                 if self.erase is not None:
                     images = self.erase(images)
                 if self.mix is not None:

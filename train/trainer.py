@@ -166,9 +166,8 @@ class Trainer:
         """Train to the last step. If a signal arrives, save and return False."""
         config, left = self.config, self.total_steps - self.step
         loader = train_loader(config, self.data.train, first_step=self.step, **self.shares)
-        batches = iter(
-            loader if left else ()
-        )  # before the first step: it draws from the generator that each step seeds
+        # before the first step: this draws from the generator that each step seeds
+        batches = iter(loader if left else ())
         profile = profiler(self.run.folder / "profile", config.profile, left, self.processes)
         with self._progress_bar() as bar, profile:
             while True:

@@ -14,7 +14,7 @@ from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.eval.common import results as files
 from crate_fast.eval.common.images import Batch, Sample, batches, open_images
-from crate_fast.eval.common.models import LoadedModel, labels_of, open_model
+from crate_fast.eval.common.models import LoadedModel, check_model_args, labels_of, open_model
 from crate_fast.train.distributed import choose_device
 
 
@@ -25,9 +25,7 @@ def open_models(options: argparse.Namespace) -> list[LoadedModel]:
     options.device = str(device)
     settings = (device, options.image_size, options.model_args, options.seed)
     models = [open_model(name, *settings) for name in options.models]
-    if options.model_args and not any(loaded.facts["model_args"] for loaded in models):
-        words = " ".join(options.model_args)
-        raise UserError(f"--model-args {words}: runs and shared models have their own settings; leave them out")
+    check_model_args(options.model_args, models)
     return models
 
 

@@ -244,6 +244,13 @@ def open_model(
     return LoadedModel(label, model.to(device), normalize, extract, facts, config, autoencoder)
 
 
+def check_model_args(words: Sequence[str] | None, models: Sequence[LoadedModel]) -> None:
+    """Raise a UserError if `--model-args` is given and no model takes it."""
+    if words and not any(loaded.facts["model_args"] for loaded in models):
+        given = " ".join(words)
+        raise UserError(f"--model-args {given}: runs and shared models have their own settings; leave them out")
+
+
 def class_names(specification: str) -> list[str] | None:
     """Return the class names of a model's logits; None if they are not recorded."""
     name, version = split_source(split_label(specification)[1])
