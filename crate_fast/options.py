@@ -304,21 +304,19 @@ def _share() -> argparse.ArgumentParser:
 
 def _emergence() -> argparse.ArgumentParser:
     text = (
-        "Does segmentation appear in CRATE and not in a ViT? The protocols are docs/emergence/protocol.md (scenes)\n"
-        "and docs/emergence/photographs/protocol.md (photographs). The same command resumes a stopped or killed\n"
-        "experiment."
+        "Does segmentation appear in CRATE and not in a ViT, trained on photographs? The protocol is\n"
+        "docs/emergence/photographs/protocol.md. The same command resumes a stopped or killed experiment."
     )
     parser = _parser("reproduce emergence", text)
     add = parser.add_argument
-    sizes = "smoke: minutes; small: a night (scenes) or more than a day (photographs) on two CPU cores; full: a GPU"
+    sizes = "smoke: minutes; small: more than a day on two CPU cores; full: a GPU"
     add("--size", choices=("smoke", "small", "full"), required=True, help=sizes)
-    add("--data", default="shape_scenes", help="shape_scenes (default), or photographs:DIR (DIR/train, DIR/val)")
+    add("--data", metavar="DIR", help="folder of photographs with train and val; not needed with --report-only")
     add("--boxes", type=Path, help="boxes of DIR/val: COCO's JSON or a folder of XML; default DIR/val_boxes.json")
     add("--masks", metavar="coco:DIR[:SPLIT]", help="photographs with masks, for MaskCut and coarse segmentation")
-    add("--output", type=Path, help="folder of the runs; default runs/emergence/[photographs-]SIZE")
+    add("--output", type=Path, help="folder of the runs; default runs/emergence/photographs-SIZE")
     add("--report", type=Path, help="folder of results, pictures and report; default OUTPUT/report")
     add("--report-only", action="store_true", help="only write the report again, from its folder")
-    add("--cifar10", type=Path, metavar="DIR", help="folder of CIFAR-10, for accuracy; without it, no accuracy")
     add("--jobs", type=positive, help="parallel runs; default one per CPU core, or four per GPU")
     add("--minutes", type=float, help="save and stop after this time")
     add("--device", default="auto", help="auto, cpu, cuda (all GPUs) or cuda:N; default auto")

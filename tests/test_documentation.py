@@ -33,7 +33,7 @@ HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md")), *sorted((DOCS / "results").glob("*.md")), *HOW_TO]
 LINKING = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), ROOT / "kernels" / "README.md"]
 RUN = [DOCS / "tutorial.md", *HOW_TO]  # commands of these pages run here; those of the others are only parsed
-PROTOCOL_PAGES = [DOCS / "emergence" / "protocol.md", DOCS / "emergence" / "photographs" / "protocol.md"]
+PROTOCOL_PAGES = [DOCS / "emergence" / "photographs" / "protocol.md"]
 PROTOCOLS = {f"{package}.{name}{module}" for _, table, package, module in cli.GROUPS.values() for name in table}
 COMMAND_MODULES = {module for module, _ in cli.COMMANDS.values()} | PROTOCOLS
 

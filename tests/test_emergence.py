@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import itertools
 import json
 import os
 import re
@@ -30,51 +29,51 @@ from crate_fast.eval.emergence.results import Results, at_accuracy, at_checkpoin
 from crate_fast.eval.emergence.runs import Folders, Job, Resources, train_and_score
 from crate_fast.train.data import build_splits
 from crate_fast.train.faults import Interruption, NonFiniteError
-from crate_fast.train.runs import run_config
 from crate_fast.train.trainer import Trainer
 
-SCENES, PHOTOGRAPHS = SIZES["shape_scenes"], SIZES["photographs"]
-SMOKE = SCENES["smoke"]
+SMOKE = SIZES["smoke"]
+TWO_SEEDS = dataclasses.replace(SMOKE, seeds=(0, 1))
+PAGES = ROOT / "docs" / "emergence" / "photographs"
 ON_CPU = {"device": "cpu", "threads": 1, "workers": 0}
+NOWHERE = Path("data")
 
 
-@pytest.mark.parametrize("size", SCENES)
+@pytest.mark.parametrize("size", SIZES)
 def test_models_differ_only_in_the_ablation(size):
-    protocol = SCENES[size]
-    for number, stage in enumerate(protocol.stages):
-        assert protocol.training_config(Run("scenes", "ViT", 0), number, 1e-3).keep_checkpoints >= stage.steps
-        configs = {m: vars(protocol.training_config(Run("scenes", m, 0), number, 1e-3)) for m in MODELS}
-        for model, config in configs.items():
-            differing = {name: value for name, value in config.items() if value != configs["CRATE"][name]}
-            assert differing == MODELS[model]
-    images = [point.images for point in protocol.points]
-    assert images == sorted({0, *images})
-    assert images[-1] == sum(stage.steps * stage.batch_size for stage in protocol.stages)
-    assert size == "smoke" or protocol.image_size // protocol.patch_size >= 16  # enough patches for masks
+    protocol = SIZES[size]
+    configs = {model: vars(protocol.training_config(Run(model, 0), 1e-3, NOWHERE)) for model in MODELS}
+    for model, config in configs.items():
+        differing = {name: value for name, value in config.items() if value != configs["CRATE"][name]}
+        assert differing == MODELS[model]
+    steps = protocol.scored_steps
+    assert steps == sorted({0, *steps})
+    assert steps[-1] == protocol.images // protocol.batch_size * protocol.epochs
+    assert steps[1:] == [configs["ViT"]["checkpoint_every"] * n for n in range(1, len(steps))]
+    assert configs["ViT"]["keep_checkpoints"] >= steps[-1]
 
 
 def test_a_processor_without_bf16_products_trains_in_fp32(monkeypatch):
     for able, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(runs_module, "multiplies_bf16", lambda able=able: able)
-        run, resources = Run("photographs", "CRATE", 0), Resources("cpu", 1)
-        assert PHOTOGRAPHS["small"].training_config(run, 0, 1e-3, **resources.settings).precision == precision
+        run, resources = Run("CRATE", 0), Resources("cpu", 1)
+        config = SIZES["small"].training_config(run, 1e-3, NOWHERE, **resources.settings)
+        assert config.precision == precision
         assert str(resources).endswith(", fp32") is not able
 
 
-@pytest.mark.parametrize(("data", "folder"), [("shape_scenes", "."), ("photographs", "photographs")])
-def test_the_page_of_a_protocol_has_its_settings(data, folder):
-    assert markdown_table(settings_table(data)) in (ROOT / "docs/emergence" / folder / "protocol.md").read_text()
-    for protocol in SIZES[data].values():
-        assert all(stage.steps % stage.checkpoints == 0 for stage in protocol.stages)
+def test_the_page_of_the_protocol_has_its_settings():
+    assert markdown_table(settings_table()) in (PAGES / "protocol.md").read_text()
+    for protocol in SIZES.values():
         assert Protocol.of_settings(json.loads(json.dumps(protocol.settings()))) == protocol
         runs = protocol.planned_runs()
         assert len({run.name for run in runs}) == len(runs)
-        seeds = [run.seed for run in runs if run.scored]
+        seeds = [run.seed for run in runs if not run.sweep]
         assert seeds == [seed for seed in protocol.seeds for _ in protocol.models]  # an early stop leaves whole seeds
+    assert Protocol.of_settings(json.loads((PAGES / "protocol.json").read_text())) == SIZES["small"]
 
 
 def checkpoint(best: float, heads: list[float], selected: list[float], layers: int = 2) -> dict:
-    """Return a checkpoint whose heads score `heads` on test and `selected` on selection scenes; layer 1 has half."""
+    """Return a checkpoint whose heads score `heads` on test and `selected` on selection images; layer 1 has half."""
     baselines = {"constant": 0.1, "random": 0.12, "mean_mask": 0.3, "true_mask": 0.6}
 
     def rows(values: list[float]) -> dict:
@@ -89,22 +88,22 @@ def results_with(scores: dict[str, list[float]]) -> Results:
     """Return results with the given primary scores at the default layer, in percent, for each model and seed."""
     results = {}
     for model, values in scores.items():
-        for seed, value in zip(SMOKE.seeds, values, strict=False):
+        for seed, value in enumerate(values):
             checkpoints = [checkpoint(best, [0.1, 0.2], [0.2, 0.1]) for best in (0.3, 2 * value / 100)]
-            results[f"scenes-{model}-seed{seed}"] = {"kind": "scenes", "checkpoints": checkpoints}
-    return Results(results, SMOKE)
+            results[Run(model, seed).name] = {"model": model, "checkpoints": checkpoints}
+    return Results(results, TWO_SEEDS)
 
 
-def test_the_fixed_head_is_chosen_on_the_selection_scenes():
-    result = results_with({model: [40.0, 40.0] for model in MODELS}).runs["scenes-CRATE-seed0"]
-    # head 0 is best on selection scenes, head 1 on test scenes
+def test_the_fixed_head_is_chosen_on_the_selection_images():
+    result = results_with({model: [40.0, 40.0] for model in MODELS}).run("CRATE", 0)
+    # head 0 is best on selection images, head 1 on test images
     assert at_checkpoint("AP, fixed head")(result) == pytest.approx(100 * 0.1 / 2)
     assert at_checkpoint("mIoU mass, best head")(result) == pytest.approx(40.0)
     assert at_checkpoint("mIoU mass, best head", layer="chosen")(result) == pytest.approx(80.0)  # layer 0
 
 
 def test_claims_hold_for_good_scores_only():
-    scores = {"CRATE-MLP": [45, 46], "CRATE-MHSA": [40, 41], "CRATE-sth": [9, 9]}
+    scores = {"CRATE-MLP": [45, 46], "CRATE-MHSA": [40, 41]}
     good = results_with(scores | {"CRATE": [50, 51], "ViT": [20, 21.1]})
     assert [claim.holds for claim in good.claims()] == [True] * 5
     bad = results_with(scores | {"CRATE": [20, 10], "ViT": [32, 33]})
@@ -114,15 +113,15 @@ def test_claims_hold_for_good_scores_only():
     assert [claim.holds for claim in noisy.claims()] == [True, True, False, True, True]
 
 
-def test_seeds_that_every_model_has_and_models_with_the_seeds_of_crate_and_vit_are_compared():
+def test_seeds_of_crate_and_vit_and_models_with_all_of_them_are_compared():
     results = results_with({model: [40.0, 41.0] for model in MODELS})
-    del results.runs["scenes-ViT-seed1"]
+    del results.runs["photographs-ViT-seed1"]
     assert results.by_seed("CRATE", at_checkpoint("mIoU mass, best head")) == pytest.approx([40.0])
     assert (results.claims()[2].holds, results.complete) == (None, False)  # one seed has no interval
-    scores = {"CRATE": [50, 51], "CRATE-MLP": [45], "ViT": [40, 40], "CRATE-sth": [9, 9]}
+    scores = {"CRATE": [50, 51], "CRATE-MLP": [45], "ViT": [40, 40]}
     for mhsa, order in ((41.0, None), (39.0, False)):
         results = results_with(scores | {"CRATE-MHSA": [mhsa, mhsa]})
-        assert (results.models, results.seeds()) == (["CRATE", "CRATE-MHSA", "ViT", "CRATE-sth"], [0, 1])
+        assert (results.models, results.seeds) == (["CRATE", "CRATE-MHSA", "ViT"], [0, 1])
         claim = results.claims()[-1]
         assert (claim.holds, results.complete) == (order, False)
         assert "without CRATE-MLP" in claim.evidence
@@ -132,7 +131,7 @@ def test_the_learning_rate_is_that_of_the_best_sweep():
     for accuracies, best in (([0.3], None), ([0.3, 0.4], 2e-3), ([0.3, 0.3], 1e-3)):
         ends = [{"validation": [{"val_accuracy": 0.9}, {"val_accuracy": accuracy}]} for accuracy in accuracies]
         sweeps = {f"sweep-ViT-lr0.00{number}": end for number, end in enumerate(ends, start=1)}
-        assert Results(sweeps, PHOTOGRAPHS["smoke"]).chosen_lr("ViT") == best
+        assert Results(sweeps, SMOKE).chosen_lr("ViT") == best
 
 
 def test_a_diverged_sweep_is_not_chosen_and_any_other_diverged_run_fails(tmp_path, monkeypatch):
@@ -140,34 +139,94 @@ def test_a_diverged_sweep_is_not_chosen_and_any_other_diverged_run_fails(tmp_pat
         raise NonFiniteError("the loss is not finite")
 
     monkeypatch.setattr(runs_module, "launch", diverges)
-    folders, protocol = Folders(tmp_path / "runs", tmp_path / "report"), PHOTOGRAPHS["smoke"]
-    sweep = Job(Run("sweep", "ViT", 100, 2e-3), 2e-3, protocol, folders, ON_CPU, {"commit": "abc"})
+    folders = Folders(tmp_path / "runs", tmp_path / "report")
+    sweep = Job(Run("ViT", 100, 2e-3), 2e-3, SMOKE, folders, ON_CPU, {"commit": "abc"})
     train_and_score(sweep)
-    results = Results.load(folders.report, protocol)
+    results = Results.load(folders.report, SMOKE)
     assert results.runs["sweep-ViT-lr0.002"]["diverged"] == "the loss is not finite"
     results.runs["sweep-ViT-lr0.001"] = {"validation": [{"val_accuracy": 0.1}]}
     assert results.chosen_lr("ViT") == 1e-3
     with pytest.raises(NonFiniteError):
-        train_and_score(sweep._replace(run=Run("photographs", "ViT", 0)))
+        train_and_score(sweep._replace(run=Run("ViT", 0)))
 
 
-def options(output: Path) -> list[str]:
-    return ["--size", "smoke", "--output", str(output), "--device", "cpu", "--jobs", "2"]
+def learning(accuracies: list[float], scores: list[float]) -> dict:
+    """Return a result with scores and held-out accuracies in percent at steps 4, 8, …; at step 0 they are 0 and 5."""
+    found = [checkpoint(score / 100, [0.5], [0.5], 1) for score in (0.0, *scores)]
+    for number, where in enumerate(found):
+        where |= {"step": 4 * number, "default_layer": 0, "accuracy": 0.05}
+    rows = [{"step": 4 * n, "val_accuracy": value / 100} for n, value in enumerate(accuracies, start=1)]
+    return {"checkpoints": found, "validation": rows}
 
 
-def report_again(report: Path, size: str = "smoke") -> str:
+def test_scores_at_an_accuracy_are_interpolated_between_checkpoints():
+    result = learning([10.0, 20.0, 18.0, 30.0], [40.0, 60.0, 70.0, 80.0])
+    assert held_out_accuracies(result) == pytest.approx({0: 5.0, 1: 10.0, 2: 20.0, 3: 18.0, 4: 30.0})
+    found = [at_accuracy("AP, best head", accuracy)(result) for accuracy in (7.5, 15.0, 20.0, 24.0, 5.0, 31.0)]
+    assert found[:4] == pytest.approx([20.0, 50.0, 60.0, 75.0])
+    assert found[4:] == [None, None]
+    runs = {Run(model, seed).name: result for model in MODELS for seed in TWO_SEEDS.seeds}
+    assert Results(runs, TWO_SEEDS).common_accuracy() == pytest.approx(30.0)
+    runs["photographs-ViT-seed1"] = learning([10.0, 25.0], [10.0, 20.0])
+    assert Results(runs, TWO_SEEDS).common_accuracy() == pytest.approx(25.0)
+
+
+# --- the committed report ---
+
+
+def report_again(report: Path, size: str) -> str:
     assert main(["--size", size, "--report-only", "--report", str(report)]) == 0
     return (report / "report.md").read_text()
 
 
 @pytest.fixture
-def copied(finished, tmp_path):
-    return shutil.copytree(finished[0] / "report", tmp_path / "report")
+def committed(tmp_path, monkeypatch):
+    """Copy of the committed report, whose figures are not drawn again."""
+    report = shutil.copytree(PAGES, tmp_path / "committed")
+    figures = [Path(name) for name in re.findall(r"\((figures/.*?)\)", (report / "report.md").read_text())]
+    assert all((report / path).is_file() for path in figures)
+    monkeypatch.setattr("crate_fast.eval.emergence.report.draw", lambda *_: {path.stem: path for path in figures})
+    return report
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    monkeypatch.setattr("crate_fast.eval.emergence.report.draw", lambda *_: {})
+def test_the_committed_report_follows_from_its_results(committed):
+    assert report_again(committed, "small") == (PAGES / "report.md").read_text()
+
+
+def test_only_complete_seeds_are_compared(committed):
+    (committed / "results" / "photographs-ViT-seed0.json").unlink()
+    text = report_again(committed, "small")
+    for words in ("19 of 24", "so far**", "| seeds compared | 1 |"):
+        assert words in text
+    assert "left out, without these seeds" not in text
+    (committed / "results" / "photographs-CRATE-MLP-seed1.json").unlink()
+    assert "| models left out, without these seeds | CRATE-MLP |" in report_again(committed, "small")
+
+
+# --- the smoke size ---
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Folder of noise images in two classes: a training tar, a validation folder with boxes, and COCO's masks."""
+    root = tmp_path_factory.mktemp("photographs")
+    pictures = [encoded(Image.effect_noise((32, 32), 60 + i).convert("RGB")) for i in range(10)]
+    write_tar(root / "train.tar", [(f"{name}/{i}.png", pictures[i]) for name in ("cat", "dog") for i in range(10)])
+    val = {f"{name}/{i}.png": pictures[i] for name in ("cat", "dog") for i in range(6)}
+    images = [{"id": i, "file_name": name, "width": 32, "height": 32} for i, name in enumerate(val)]
+    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [4, 4, 16, 10 + i]} for i in range(len(val))]
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "thing"}]}
+    masks = [b | {"segmentation": [[4, 4, 20, 4, 20, 14, 4, 14]], "area": 160, "iscrowd": 0} for b in boxes]
+    for folder in ("val", "coco/val2017"):
+        write_tree(root / folder, val)
+    (root / "val_boxes.json").write_text(json.dumps(content))
+    (root / "coco" / "instances_val2017.json").write_text(json.dumps(content | {"annotations": masks}))
+    return root
+
+
+def options(photographs: Path, output: Path) -> list[str]:
+    data = ["--data", str(photographs), "--masks", f"coco:{photographs / 'coco'}"]
+    return ["--size", "smoke", *data, "--output", str(output), "--device", "cpu", "--jobs", "2"]
 
 
 def job_without_figures(job: Job) -> None:
@@ -199,10 +258,11 @@ def _times(output: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(photographs, tmp_path_factory):
     """Folder of the smoke size, interrupted once and killed once, and the results it had when it was killed."""
     output = tmp_path_factory.mktemp("emergence")
-    command = [sys.executable, "-m", "crate_fast.cli", "reproduce", "emergence", *options(output)]  # as a user does
+    words = options(photographs, output)
+    command = [sys.executable, "-m", "crate_fast.cli", "reproduce", "emergence", *words]  # as a user does
     popen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, **popen)
     try:
@@ -216,7 +276,7 @@ def finished(tmp_path_factory):
     assert "the same command continues" in text
     process = runs_module._FORKSERVER.Process(target=cli.main, args=(command[3:],))
     process.start()
-    started = output / "runs" / "scenes-CRATE-seed0" / "stage0" / "checkpoints"
+    started = output / "runs" / "photographs-CRATE-seed0" / "stage0" / "checkpoints"
     wait_until(lambda: started.is_dir() and any(started.iterdir()))
     assert a_job_runs(output)
     process.kill()
@@ -226,179 +286,74 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:  # a test below draws figures
         for name in ("image_grid", "curve_figure"):
             patch.setattr(f"crate_fast.eval.emergence.figures.{name}", lambda *_, **__: None)
-        assert main(options(output)) == 0
+        assert main(words) == 0
     return output, before
 
 
 def test_a_killed_experiment_continues_and_repeats_no_run(finished):
     output, before = finished
     results = _times(output)
-    assert len(before) >= 4  # the sweeps; the last may still run
+    assert len(before) >= 7  # the sweeps; the last may still run
     assert before.items() <= results.items()
-    assert set(results) == {f"{run.name}.json" for run in SMOKE.planned_runs(cifar10=False)}
-    scored = json.loads((output / "report" / "results" / "scenes-CRATE-seed0.json").read_text())
-    points = [(row["stage"], row["step"], row["images"]) for row in scored["checkpoints"]]
-    assert points == [(0, 0, 0), (0, 8, 128), (1, 2, 160)]
-    assert [(entry["stage"], entry["step"]) for entry in scored["validation"]] == [(0, 4), (0, 8), (1, 2)]
+    assert set(results) == {f"{run.name}.json" for run in SMOKE.planned_runs()}
+    result = json.loads((output / "report" / "results" / "photographs-CRATE-seed0.json").read_text())
+    first, middle, last = result["checkpoints"]
+    assert [(c["step"], c["images"]) for c in (first, middle, last)] == [(0, 0), (2, 16), (4, 32)]
+    assert [entry["step"] for entry in result["validation"]] == [2, 4]
+    assert ["boxes" in c for c in (first, middle, last)] == [True, False, True]
+    assert all(c["masks"]["ap"]["images"] == 2 and "0" in c["maskcut"] for c in (first, middle, last))
+    assert result["protocol"]["images"] == 20
     assert not list((output / "report").glob("**/.*"))
-    stages = output / "runs" / "scenes-CRATE-seed0"
-    later = run_config(stages / "stage1")
-    assert (later.init, later.image_size) == (f"{stages / 'stage0'}@8", 64)
 
 
-def test_the_report_is_made_from_the_results_alone(finished, copied):
-    text = (copied / "report.md").read_text()
-    (copied / "report.md").unlink()
-    assert report_again(copied) == text
-    assert text.count("](figures/") == len(list((copied / "figures").glob("*.png"))) == 10
-    assert "15 of 15, CIFAR-10's left out" in text
+def test_the_report_is_made_from_the_results_alone(finished, tmp_path):
+    report = shutil.copytree(finished[0] / "report", tmp_path / "report")
+    text = (report / "report.md").read_text()
+    (report / "report.md").unlink()
+    assert report_again(report, "smoke") == text
+    assert text.count("](figures/") == len(list((report / "figures").glob("*.png"))) == 9
+    for words in ("at equal accuracy", "mean box", "## Boxes from attention", "## MaskCut", "12 of 12"):
+        assert words in text
     assert str(finished[0]) not in text
 
 
-def test_a_report_includes_the_discussion_and_only_complete_seeds(copied, undrawn):
-    (copied / "results" / "scenes-ViT-seed0.json").unlink()
-    (copied / "discussion.md").write_text("## What did not reproduce\n\nIt is a smoke test.\n")
-    text = report_again(copied)
-    for words in ("14 of 15", "so far**", "| seeds compared | 1 |", "It is a smoke test."):
-        assert words in text
-    assert "left out, without these seeds" not in text
-    (copied / "results" / "scenes-CRATE-MLP-seed1.json").unlink()
-    assert "| models left out, without these seeds | CRATE-MLP |" in report_again(copied)
-
-
-def test_runs_on_cifar10_are_in_the_report(copied, tmp_path, undrawn):
-    for (split, count), label in itertools.product((("train", 13), ("test", 2)), range(10)):
-        pictures = [Image.new("RGB", (32, 32), (25 * label, 10 * number, 99)) for number in range(count)]
-        files = {f"{number}.png": encoded(picture) for number, picture in enumerate(pictures)}
-        write_tree(tmp_path / "cifar10" / split / f"class{label}", files)
-    run, origin = Run("cifar10", "CRATE", 0), {"device": "cpu", "commit": "abc", "torch": "2"}
-    folders = Folders(tmp_path / "runs", copied, tmp_path / "cifar10")
-    train_and_score(Job(run, 1e-3, SMOKE, folders, ON_CPU, origin))
-    result = Results.load(copied, SMOKE).runs[run.name]
-    assert [entry["step"] for entry in result["validation"]] == [1]
-    for other in SMOKE.planned_runs()[15:]:
-        folders.result(other).write_text(json.dumps(result | {"model": other.model, "seed": other.seed}))
-    text = report_again(copied)
-    assert "25 of 25" in text
-    assert "CIFAR-10 is missing" not in text
-
-
 def test_the_untrained_model_has_the_runs_initial_weights(finished, tmp_path):
-    config = SMOKE.training_config(Run("scenes", "ViT", 1), 0, 1e-3, device="cpu")
+    config = SMOKE.training_config(Run("ViT", 0), 1e-3, finished[0] / "data", device="cpu")
     trainer = Trainer(config, tmp_path / "run", build_splits(config), ALONE, Interruption())
-    twin = open_model(f"{finished[0]}/runs/scenes-ViT-seed1/stage0@untrained", seed=1)
+    twin = open_model(f"{finished[0]}/runs/photographs-ViT-seed0/stage0@untrained", seed=0)
     assert same(twin.model.state_dict(), trainer.model.state_dict())
 
 
-def test_a_failed_run_is_named_and_the_other_results_are_kept(finished, tmp_path, refuses):
-    copy = shutil.copytree(finished[0], tmp_path / "copy")
-    (copy / "report" / "results" / "scenes-ViT-seed1.json").unlink()
-    scores = copy / "scores" / "scenes-ViT-seed1" / "records-0.jsonl"
+def test_a_failed_run_is_named_and_the_other_results_are_kept(finished, photographs, tmp_path, refuses):
+    copy = shutil.copytree(finished[0], tmp_path / "copy", symlinks=True)
+    (copy / "report" / "results" / "photographs-ViT-seed0.json").unlink()
+    scores = copy / "scores" / "photographs-ViT-seed0" / "records-0.jsonl"
     scores.write_text("".join(scores.read_text().splitlines(keepends=True)[:-1]))  # all but the last checkpoint's
-    for weights in (copy / "runs" / "scenes-ViT-seed1" / "stage1").glob("checkpoints/*/model.safetensors"):
+    for weights in (copy / "runs" / "photographs-ViT-seed0").glob("stage0/checkpoints/*/model.safetensors"):
         weights.write_bytes(b"damaged")
-    words = ["--size", "smoke", "--output", str(copy), "--device", "cpu"]
-    refuses(r"scenes-ViT-seed1 ended with status 1.*scenes-ViT-seed1\.txt", main, words)
-    assert len(_times(copy)) == 14
+    message = r"photographs-ViT-seed0 ended with status 1.*photographs-ViT-seed0\.txt"
+    refuses(message, main, options(photographs, copy))
+    assert len(_times(copy)) == 11
 
 
-def learning(accuracies: list[float], scores: list[float]) -> dict:
-    """Return a result with scores and held-out accuracies in percent at steps 4, 8, …; at step 0 they are 0 and 5."""
-    found = [checkpoint(score / 100, [0.5], [0.5], 1) for score in (0.0, *scores, 99.0)]
-    for number, where in enumerate(found[:-1]):
-        where |= {"stage": 0, "step": 4 * number, "default_layer": 0, "accuracy": 0.05}
-    found[-1] |= {"stage": 1, "step": 4}
-    rows = [{"stage": 0, "step": 4 * n, "val_accuracy": value / 100} for n, value in enumerate(accuracies, start=1)]
-    return {"checkpoints": found, "validation": [*rows, {"stage": 1, "step": 4, "val_accuracy": 1.0}]}
-
-
-def test_scores_at_an_accuracy_are_interpolated_between_checkpoints_of_the_first_stage():
-    result = learning([10.0, 20.0, 18.0, 30.0], [40.0, 60.0, 70.0, 80.0])
-    assert held_out_accuracies(result) == pytest.approx({0: 5.0, 1: 10.0, 2: 20.0, 3: 18.0, 4: 30.0})
-    found = [at_accuracy("AP, best head", accuracy)(result) for accuracy in (7.5, 15.0, 20.0, 24.0, 5.0, 31.0)]
-    assert found[:4] == pytest.approx([20.0, 50.0, 60.0, 75.0])
-    assert found[4:] == [None, None]
-    runs = {f"scenes-{model}-seed{seed}": result for model in MODELS for seed in SMOKE.seeds}
-    assert Results(runs, SMOKE).common_accuracy() == pytest.approx(30.0)
-    runs["scenes-ViT-seed1"] = learning([10.0, 25.0], [10.0, 20.0])
-    runs["scenes-CRATE-sth-seed0"] = learning([10.0, 12.0], [10.0, 20.0])  # not in the paper's Table 2
-    assert Results(runs, SMOKE).common_accuracy() == pytest.approx(25.0)
-
-
-@pytest.mark.parametrize("folder", [".", "earlier/first", "photographs"])
-def test_the_committed_reports_follow_from_their_results(folder, tmp_path, monkeypatch):
-    report = shutil.copytree(ROOT / "docs" / "emergence" / folder, tmp_path / "report")
-    text = (report / "report.md").read_text()
-    figures = [Path(name) for name in re.findall(r"!\[[^]]*\]\((figures/.*?)\)", text)]
-    monkeypatch.setattr("crate_fast.eval.emergence.report.draw", lambda *_: {path.stem: path for path in figures})
-    assert report_again(report, "small") == text
-    assert all((report / path).is_file() for path in figures)
-
-
-def test_missing_results_or_data_and_another_protocol_are_errors(finished, tmp_path, monkeypatch, refuses):
+def test_missing_results_and_another_protocol_are_errors(finished, photographs, tmp_path, monkeypatch, refuses):
     words = ["--report-only", "--report", str(tmp_path)]
     refuses("holds no protocol.json", main, ["--size", "smoke", *words])
     assert not any(tmp_path.iterdir())
     shutil.copy(finished[0] / "report" / "protocol.json", tmp_path)
     refuses("does not hold runs of CRATE and ViT", main, ["--size", "smoke", *words])
     refuses("another --size than small: pass --size smoke", main, ["--size", "small", *words])
-    words = ["--size", "smoke", "--cifar10", str(tmp_path), "--output", str(tmp_path)]
-    refuses("holds neither train/", main, words)
-    monkeypatch.setitem(SCENES, "smoke", dataclasses.replace(SMOKE, weight_decay=0.1))
-    refuses("weight_decay: 0.05 there, 0.1 now", main, ["--size", "smoke", "--output", str(finished[0])])
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    """Folder of noise images in two classes: a training tar, a validation folder with boxes, and COCO's masks."""
-    root = tmp_path_factory.mktemp("photographs")
-    pictures = [encoded(Image.effect_noise((32, 32), 60 + i).convert("RGB")) for i in range(10)]
-    write_tar(root / "train.tar", [(f"{name}/{i}.png", pictures[i]) for name in ("cat", "dog") for i in range(10)])
-    val = {f"{name}/{i}.png": pictures[i] for name in ("cat", "dog") for i in range(6)}
-    images = [{"id": i, "file_name": name, "width": 32, "height": 32} for i, name in enumerate(val)]
-    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [4, 4, 16, 10 + i]} for i in range(len(val))]
-    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "thing"}]}
-    masks = [b | {"segmentation": [[4, 4, 20, 4, 20, 14, 4, 14]], "area": 160, "iscrowd": 0} for b in boxes]
-    for folder in ("val", "coco/val2017"):
-        write_tree(root / folder, val)
-    (root / "val_boxes.json").write_text(json.dumps(content))
-    (root / "coco" / "instances_val2017.json").write_text(json.dumps(content | {"annotations": masks}))
-    return root
-
-
-def on_photographs(folder: Path, output: Path) -> list[str]:
-    data = ["--data", f"photographs:{folder}", "--masks", f"coco:{folder / 'coco'}"]
-    return ["--size", "smoke", *data, "--output", str(output), "--device", "cpu"]
-
-
-def test_the_experiment_on_photographs_ends_in_a_report(photographs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(
-        PHOTOGRAPHS, "smoke", dataclasses.replace(PHOTOGRAPHS["smoke"], models=("CRATE", "ViT"), lrs=(1e-3,))
-    )
-    command = on_photographs(photographs, tmp_path / "run")
-    assert main([*command, "--minutes", "0.0001"]) == 0
-    assert "the same command continues" in capsys.readouterr().out
-    assert main(command) == 0
-    data, report = tmp_path / "run" / "data", tmp_path / "run" / "report"
-    halves = [{p.name for p in (data / split / "cat").iterdir()} for split in ("selection", "test")]
-    assert halves == [{"0.png", "2.png", "4.png"}, {"1.png", "3.png", "5.png"}]
-    assert len(list((data / "train").glob("*/*.png"))) == 20
-    result = json.loads((report / "results" / "photographs-ViT-seed0.json").read_text())
-    first, middle, last = result["checkpoints"]
-    assert ["boxes" in checkpoint for checkpoint in (first, middle, last)] == [True, False, True]
-    assert all(c["masks"]["ap"]["images"] == 2 and "0" in c["maskcut"] for c in (first, middle, last))
-    assert result["protocol"]["stages"][0]["images"] == 20
-    text = (report / "report.md").read_text()
-    for words in ("at equal accuracy", "mean box", "## Boxes from attention", "## MaskCut", "4 of 4"):
-        assert words in text
-    assert text.count("](figures/") == len(list((report / "figures").glob("*.png"))) == 9
-    assert str(tmp_path) not in text
+    monkeypatch.setitem(SIZES, "smoke", dataclasses.replace(SMOKE, weight_decay=0.1))
+    refuses("weight_decay: 0.05 there, 0.1 now", main, options(photographs, finished[0]))
 
 
 def test_photographs_are_prepared_once_and_chosen_by_the_area_of_their_boxes(photographs, tmp_path):
     for _ in range(2):
         assert prepare_photographs(photographs, None, None, tmp_path / "data") == 20
-    data = PhotographData(dataclasses.replace(PHOTOGRAPHS["smoke"], coverage=(0.0, 0.3)), tmp_path / "data")
+    assert len(list((tmp_path / "data" / "train").glob("*/*.png"))) == 20
+    halves = [{p.name for p in (tmp_path / "data" / split / "cat").iterdir()} for split in ("selection", "test")]
+    assert halves == [{"0.png", "2.png", "4.png"}, {"1.png", "3.png", "5.png"}]
+    data = PhotographData(dataclasses.replace(SMOKE, coverage=(0.0, 0.3)), tmp_path / "data")
     covered = [16 * (10 + i) / 1024 for i in (*range(1, 6, 2), *range(7, 12, 2))]  # the test half, cats then dogs
     samples = list(data.test)
     assert [float(s.target.masks.float().mean()) for s in samples] == [c for c in covered if c <= 0.3]
@@ -410,13 +365,12 @@ def test_photographs_are_prepared_once_and_chosen_by_the_area_of_their_boxes(pho
 
 def test_missing_photographs_and_classes_are_errors(photographs, tmp_path, refuses):
     for option, value, message in (
-        ("--data", f"photographs:{tmp_path}/none", "a folder with train and val"),
-        ("--data", "photos", "write shape_scenes, or photographs:DIR"),
+        ("--data", f"{tmp_path}/none", "none: name a folder of photographs, with train and val"),
+        ("--data", "", "name a folder of photographs, with train and val"),
         ("--masks", f"voc:{photographs}", "write coco:PATH"),
         ("--boxes", f"{tmp_path}/none.json", "name the boxes"),
-        ("--cifar10", str(photographs), "belongs to --data shape_scenes"),
     ):
-        refuses(message, main, [*on_photographs(photographs, tmp_path / "run"), option, value])
+        refuses(message, main, [*options(photographs, tmp_path / "run"), option, value])
     shutil.copytree(photographs / "val" / "cat", tmp_path / "few" / "val" / "cat")
     shutil.copytree(photographs / "val", tmp_path / "few" / "train")
     with pytest.raises(UserError, match="must have the classes of train.*dog"):

@@ -104,7 +104,7 @@ def test_choices_and_defaults_equal_those_of_the_modules():
     assert tuple(option("eval by_layer", "measures").choices) == by_layer.MEASURES
     assert sorted(option("eval comparison", "table").choices) == sorted(comparison.NEEDS)
     assert tuple(option("eval reconstruction", "ratios").default) == RATIOS
-    assert list(option("reproduce emergence", "size").choices) == list(SIZES["shape_scenes"])
+    assert list(option("reproduce emergence", "size").choices) == list(SIZES)
     assert option("export", "format").default == list(export.FORMATS)
     assert option("export", "opset").default == export.MIN_OPSET
     assert all(name in option("export", "outputs").help for name in export.OUTPUTS)

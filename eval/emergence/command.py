@@ -19,58 +19,48 @@ def _command(options: argparse.Namespace) -> None:
     require("pycocotools", "scipy")
     if options.minutes is not None and not 0 < options.minutes < math.inf:
         raise UserError(f"--minutes {options.minutes}: give a finite number above 0, or leave it out for no limit")
-    data, _, source = options.data.partition(":")
-    if data not in SIZES or (source and data != "photographs"):
-        raise UserError(f"--data {options.data}: write shape_scenes, or photographs:DIR")
-    protocol = SIZES[data][options.size]
-    name = f"photographs-{options.size}" if protocol.photographs else options.size
-    output = options.output or Path("runs/emergence") / name
-    folders = Folders(output, options.report or output / "report", options.cifar10)
+    output = options.output or Path(f"runs/emergence/photographs-{options.size}")
+    folders = Folders(output, options.report or output / "report")
     if options.report_only:
-        path = folders.report / "protocol.json"
-        if not path.is_file():
+        protocol = _saved_protocol(folders.report, options.size)
+        if protocol is None:
             raise UserError(f"{folders.report} holds no protocol.json: name a folder with results by --report")
-        settings = json.loads(path.read_text())
-        size = settings["size"]
-        if size != options.size:
-            raise UserError(
-                f"{folders.report} holds results of another --size than {options.size}: pass --size {size}"
-            )
-        print(f"written:\n  {write_report(folders.report, Protocol.of_settings(settings), options.size)}")
-        return
-    if protocol.photographs:
-        protocol = _with_photographs(options, source, protocol, folders)
-    elif options.boxes or options.masks:
-        raise UserError("--boxes and --masks belong to --data photographs:DIR: leave them out")
-    cifar10 = folders.cifar10
-    if cifar10 and not (cifar10 / "train").is_dir() and not (cifar10 / "cifar-10-batches-py").is_dir():
-        raise UserError(
-            f"--cifar10 {cifar10} holds neither train/ and test/ with one folder of images per class, nor "
-            "torchvision's cifar-10-batches-py: name another folder, or leave the option out"
-        )
-    resources = Resources(options.device, options.jobs)
-    settings = {"size": options.size} | protocol.settings()
-    claim(folders.report, "protocol.json", settings, "--report")
-    claim(folders.output, "protocol.json", settings)
-    if not run_experiment(protocol, folders, resources, options.minutes):
-        print("stopped; the same command continues")
-        return
+    else:
+        protocol = _prepared(options, folders)
+        for folder, option in ((folders.report, "--report"), (folders.output, "--output")):
+            if _saved_protocol(folder, options.size) != protocol:
+                claim(folder, "protocol.json", {"size": options.size} | protocol.settings(), option)
+        runs = protocol.planned_runs()
+        if not run_experiment(runs, protocol, folders, Resources(options.device, options.jobs), options.minutes):
+            print("stopped; the same command continues")
+            return
     print(f"written:\n  {write_report(folders.report, protocol, options.size)}")
 
 
-def _with_photographs(options: argparse.Namespace, source: str, protocol: Protocol, folders: Folders) -> Protocol:
+def _saved_protocol(folder: Path, size: str) -> Protocol | None:
+    """Return the protocol whose results are in a folder, or None if it has none."""
+    path = folder / "protocol.json"
+    if not path.is_file():
+        return None
+    settings = json.loads(path.read_text())
+    if settings["size"] != size:
+        raise UserError(f"{folder} holds results of another --size than {size}: pass --size {settings['size']}")
+    return Protocol.of_settings(settings)
+
+
+def _prepared(options: argparse.Namespace, folders: Folders) -> Protocol:
     """Prepare the photographs, and return the protocol with the number of training images."""
-    if not source or not Path(source).is_dir():
-        raise UserError(f"--data {options.data}: write photographs:DIR, a folder with train and val")
-    if folders.cifar10:
-        raise UserError("--cifar10 belongs to --data shape_scenes: leave it out")
+    source = Path((options.data or "").removeprefix("photographs:"))
+    if not options.data or not source.is_dir():
+        raise UserError(f"--data {options.data or ''}: name a folder of photographs, with train and val")
     require("skimage")
-    images = prepare_photographs(Path(source), options.boxes, options.masks, folders.photographs)
-    needed = protocol.stages[0].batch_size
-    if images < needed:
-        raise UserError(f"{source} holds {images} training images, fewer than a batch of {needed}: use more images")
-    stages = tuple(dataclasses.replace(stage, images=images) for stage in protocol.stages)
-    return dataclasses.replace(protocol, stages=stages)
+    images = prepare_photographs(source, options.boxes, options.masks, folders.photographs)
+    protocol = SIZES[options.size]
+    if images < protocol.batch_size:
+        raise UserError(
+            f"{source} holds {images} training images, fewer than a batch of {protocol.batch_size}: use more images"
+        )
+    return dataclasses.replace(protocol, images=images)
 
 
 main = main_of("reproduce emergence", _command)

@@ -1,6 +1,6 @@
-"""Images of the experiment, for training, choosing heads, scoring and figures.
+"""Photographs of the experiment, for training, choosing heads, scoring and figures.
 
-Photographs are prepared once in OUTPUT/data for all runs:
+They are prepared once in OUTPUT/data for all runs:
 
     train/       the training images, one folder per class
     selection/   every other validation image, for validation and for choosing learning rate, heads and layers
@@ -21,36 +21,11 @@ from torch.utils.data import Dataset, Subset
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.boxes import BoxedImages, covered
-from crate_fast.eval.common.images import SceneImages, Target, free_photographs, open_images
+from crate_fast.eval.common.images import Target, free_photographs, open_images
 from crate_fast.eval.emergence.protocol import Protocol
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.data.image_files import find_images, read_image
 from crate_fast.train.data.sources import nothing_outside
-
-_SHOWN = 8  # images in the figures
-
-
-class SceneData:
-    """Scenes of `shape_scenes`.
-
-    `selection` is for the choice of heads and layers, `test` for attention, `classified` for accuracy, `with_masks`
-    for MaskCut.
-    """
-
-    def __init__(self, protocol: Protocol):
-        self.protocol, size = protocol, protocol.image_size
-        self.selection = SceneImages(size, protocol.selection_images, protocol.selection_seed)
-        self.test = self.classified = SceneImages(size, protocol.test_images, protocol.test_seed)
-        self.with_masks = SceneImages(size, protocol.maskcut_images, protocol.test_seed)
-
-    def shown(self) -> dict[str, np.ndarray]:
-        """Return the first test scenes: "images" uint8 [8, S, S, 3], "masks" bool [8, S, S], "labels" [8]."""
-        samples = [self.test[number] for number in range(_SHOWN)]
-        return {
-            "images": torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).numpy(),
-            "masks": torch.cat([sample.target.masks for sample in samples]).numpy(),
-            "labels": np.array([sample.target.classes[0] for sample in samples]),
-        }
 
 
 class _Photographs(BoxedImages):
@@ -67,10 +42,10 @@ class _Photographs(BoxedImages):
 
 
 class PhotographData:
-    """Photographs prepared by `prepare_photographs`, with the attributes of `SceneData`.
+    """Photographs prepared by `prepare_photographs`.
 
-    `selection` and `test` hold only photographs of the protocol's `coverage`; `classified` is the whole test half.
-    Without photographs with masks `with_masks` is None.
+    `selection` is for the choice of heads and layers, `test` for attention; both hold only photographs of the
+    protocol's `coverage`. `classified`, the whole test half, is for accuracy, and `with_masks` for MaskCut (or None).
     """
 
     def __init__(self, protocol: Protocol, folder: Path):

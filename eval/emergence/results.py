@@ -77,20 +77,20 @@ def at_checkpoint(measure: str, index: int = -1, layer: int | str = "paper") -> 
 
 
 def held_out_accuracies(result: dict) -> dict[int, float]:
-    """Return index → accuracy in percent of the validated checkpoints of the first stage, the untrained twin first.
+    """Return index → accuracy in percent of the validated checkpoints, the untrained twin first.
 
     It is measured on the run's validation images; for the untrained twin, on the test images.
     """
-    known = {entry["step"]: 100 * entry["val_accuracy"] for entry in result["validation"] if entry["stage"] == 0}
+    known = {entry["step"]: 100 * entry["val_accuracy"] for entry in result["validation"]}
     known[0] = 100 * result["checkpoints"][0]["accuracy"]
-    first = [(i, c["step"]) for i, c in enumerate(result["checkpoints"]) if c["stage"] == 0]
-    return {index: known[step] for index, step in first if step in known}
+    steps = [checkpoint["step"] for checkpoint in result["checkpoints"]]
+    return {index: known[step] for index, step in enumerate(steps) if step in known}
 
 
 def at_accuracy(measure: str, accuracy: float, layer: str = "paper") -> Callable[[dict], float | None]:
     """Return a function from a result to a measure at the point where the run first reached an accuracy.
 
-    It interpolates linearly between two checkpoints, and returns None if the first stage did not cross the accuracy.
+    It interpolates linearly between two checkpoints, and returns None if the run did not cross the accuracy.
     """
 
     def value(result: dict) -> float | None:
@@ -146,11 +146,10 @@ class Claim(NamedTuple):
 
 
 class Results:
-    """Results of an experiment: `runs` maps run names to results; `scored` lists those with scored checkpoints."""
+    """Results of an experiment; `runs` maps run names to results."""
 
     def __init__(self, runs: dict[str, dict], protocol: Protocol):
         self.runs, self.protocol = runs, protocol
-        self.scored = [result for result in runs.values() if "checkpoints" in result]
 
     @classmethod
     def load(cls, report: Path, protocol: Protocol) -> "Results":
@@ -165,67 +164,64 @@ class Results:
 
     def sweeps(self, model: str) -> dict[float, float]:
         """Return the held-out accuracy of each finished sweep: learning rate → accuracy."""
-        found = {lr: self.run("sweep", model, 0, lr) for lr in self.protocol.lrs}
+        found = {lr: self.run(model, self.protocol.sweep_seed, lr) for lr in self.protocol.lrs}
         return {lr: sweep["validation"][-1]["val_accuracy"] for lr, sweep in found.items() if sweep}
 
-    def run(self, kind: str, model: str, seed: int, lr: float | None = None) -> dict | None:
-        """Return the result of a run, or None if it is missing; an empty kind means the compared runs."""
-        return self.runs.get(Run(kind or self.protocol.kind, model, seed, lr).name)
+    def run(self, model: str, seed: int, lr: float | None = None) -> dict | None:
+        """Return the result of a run, or None if it is missing."""
+        return self.runs.get(Run(model, seed, lr).name)
 
-    def _complete_seeds(self, kind: str, models: Sequence[str]) -> list[int]:
-        return [seed for seed in self.protocol.seeds if all(self.run(kind, model, seed) for model in models)]
+    @property
+    def scored(self) -> list[dict]:
+        """Results with scored checkpoints: all but sweeps."""
+        return [result for result in self.runs.values() if "checkpoints" in result]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Compared seeds: those that both CRATE and ViT have."""
+        return [s for s in self.protocol.seeds if all(self.run(model, s) for model in ("CRATE", "ViT"))]
 
     @property
     def models(self) -> list[str]:
-        """The compared models: those with a run for every seed that both CRATE and ViT have."""
-        seeds = set(self._complete_seeds("", ("CRATE", "ViT")))
-        return [model for model in self.protocol.models if seeds <= set(self._complete_seeds("", [model]))]
-
-    def seeds(self, kind: str = "") -> list[int]:
-        """Return the seeds with runs of all `models`; an empty kind means the compared runs."""
-        return self._complete_seeds(kind, self.models)
+        """Compared models: those of the protocol with a run of every compared seed."""
+        return [model for model in self.protocol.models if all(self.run(model, seed) for seed in self.seeds)]
 
     @property
     def complete(self) -> bool:
         """True if every model and seed of the protocol is compared."""
-        return (len(self.models), len(self.seeds())) == (len(self.protocol.models), len(self.protocol.seeds))
+        return (len(self.models), len(self.seeds)) == (len(self.protocol.models), len(self.protocol.seeds))
 
-    def by_seed(self, model: str, value: Callable, kind: str = "") -> list:
+    def by_seed(self, model: str, value: Callable) -> list:
         """Return a value of one model's runs, in the order of `seeds`; `value` is a function of a result."""
-        return [value(self.run(kind, model, seed)) for seed in self.seeds(kind)]
+        return [value(self.run(model, seed)) for seed in self.seeds]
 
-    def by_model(self, value: Callable, kind: str = "") -> dict[str, list]:
-        """Return `by_seed` for every model."""
-        return {model: self.by_seed(model, value, kind) for model in self.models}
+    def by_model(self, value: Callable) -> dict[str, list]:
+        """Return `by_seed` for every compared model."""
+        return {model: self.by_seed(model, value) for model in self.models}
 
     def have(self, name: str) -> bool:
-        """Return True if the last checkpoints have scores of this name."""
-        return all(name in result["checkpoints"][-1] for result in self.scored)
+        """Return True if the last checkpoints of all compared runs have scores of this name."""
+        return all(all(found) for found in self.by_model(lambda result: name in result["checkpoints"][-1]).values())
 
     def with_measure(self, name: str) -> list[str]:
         """Return the models that have R^c ("coding_rate") or "sparsity"."""
         found = self.by_model(lambda result: any(name in row for row in result["checkpoints"][-1]["white_box"]))
         return [model for model, has in found.items() if all(has)]
 
-    def coarse_measures(self) -> list[str]:
-        """Return the measures of `COARSE` that all checkpoints have; those of the first protocol have no AP."""
-        checkpoints = [checkpoint for result in self.scored for checkpoint in result["checkpoints"]]
-        return [name for name, (reading, _) in COARSE.items() if all(reading in c["test"] for c in checkpoints)]
-
     def baselines(self, measure: str, split: str = "test") -> dict[str, float]:
         """Return the scores of baseline maps by a measure of `COARSE`, in percent; `split` is "test" or "masks"."""
-        scores = self.scored[0]["checkpoints"][-1][split][COARSE[measure][0]]
+        scores = self.last_of_crate[split][COARSE[measure][0]]
         return {name: 100 * scores[name] for name in ("mean_mask", "random", "constant", "true_mask")}
 
-    def common_accuracy(self) -> float:
-        """Return the highest accuracy in percent that every run of the `ranked` models reached in the first stage."""
-        learned = [found for model in self.ranked for found in self.by_seed(model, held_out_accuracies)]
-        return min(max(found.values()) for found in learned)
-
     @property
-    def ranked(self) -> list[str]:
-        """The models that are also in the paper's Table 2, best first."""
-        return [model for model in ORDER if model in self.models]
+    def last_of_crate(self) -> dict:
+        """Last checkpoint of CRATE's first compared run; its scores of baselines are those of every run."""
+        return self.run("CRATE", self.seeds[0])["checkpoints"][-1]
+
+    def common_accuracy(self) -> float:
+        """Return the highest accuracy in percent that every compared run reached."""
+        learned = [found for runs in self.by_model(held_out_accuracies).values() for found in runs]
+        return min(max(found.values()) for found in learned)
 
     def claims(self, measure: str = "", accuracy: float | None = None) -> list[Claim]:
         """Decide the protocol's statements by its rules, with a key of `COARSE` or the primary measure.
@@ -240,10 +236,9 @@ class Results:
         fixed_map = self.baselines(measure)["mean_mask"]
         gap = paired(crate, vit)
         interval = "" if gap.low is None else f", 95 % interval {gap.low:.1f} to {gap.high:.1f}, p = {gap.p:.3f}"
-        means = [statistics.fmean(scores[model]) for model in self.ranked]
-        ordered = [_falls(row) for row in zip(*(scores[model] for model in self.ranked), strict=True)]
-        without = "".join(f", without {model}" for model in ORDER if model not in self.ranked)
-        fixed = self.protocol.fixed_map
+        means = [statistics.fmean(values) for values in scores.values()]
+        ordered = [_falls(row) for row in zip(*scores.values(), strict=True)]
+        without = "".join(f", without {model}" for model in ORDER if model not in self.models)
         return [
             Claim(
                 "It comes from training: in every seed CRATE scores above its untrained twin",
@@ -251,7 +246,7 @@ class Results:
                 f"{_listed(crate)} against {_listed(untrained)}",
             ),
             Claim(
-                f"It depends on the image: in every seed CRATE scores above the objects' {fixed}, one map for all "
+                "It depends on the image: in every seed CRATE scores above the objects' mean box, one map for all "
                 "images",
                 all(value > fixed_map for value in crate),
                 f"{_listed(crate)} against {fixed_map:.1f}",
@@ -263,7 +258,7 @@ class Results:
                 f"{_listed(crate)} against {_listed(vit)}: {gap.mean:+.1f}{interval}",
             ),
             Claim(
-                f"It does not appear in a ViT: no ViT scores above the {fixed}",
+                "It does not appear in a ViT: no ViT scores above the mean box",
                 all(value <= fixed_map for value in vit),
                 f"{_listed(vit)} against {fixed_map:.1f}",
             ),

@@ -1,6 +1,6 @@
 """Run the experiment: train several runs in parallel, score their checkpoints, and resume them.
 
-    OUTPUT/runs/RUN/stage0/    a training run, as written by `train/pretrain.py`
+    OUTPUT/runs/RUN/stage0/    the training run, as written by `train/pretrain.py`
     OUTPUT/scores/RUN/         a record for each checkpoint scored so far
     OUTPUT/logs/RUN.txt        output of the run's process
     REPORT/results/RUN.json    the result of a finished run
@@ -33,10 +33,10 @@ from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.eval.common.models import LoadedModel, open_model
 from crate_fast.eval.common.results import Records
-from crate_fast.eval.emergence.data import PhotographData, SceneData
-from crate_fast.eval.emergence.protocol import Point, Protocol, Run
+from crate_fast.eval.emergence.data import PhotographData
+from crate_fast.eval.emergence.protocol import Protocol, Run
 from crate_fast.eval.emergence.results import Results
-from crate_fast.eval.emergence.scores import box_scores, checkpoint_scores, photograph_scores, pictures
+from crate_fast.eval.emergence.scores import box_scores, checkpoint_scores, mask_scores, pictures
 from crate_fast.settings import usable_cores
 from crate_fast.train.checkpoint import RunLock, write_text
 from crate_fast.train.distributed import choose_device
@@ -57,7 +57,6 @@ class Folders:
 
     output: Path  # runs and unfinished scores; large, and not needed after a run has its result
     report: Path  # results, pictures and the report; small, and enough to write the report again
-    cifar10: Path | None = None
 
     @property
     def photographs(self) -> Path:
@@ -68,9 +67,9 @@ class Folders:
         """Return the result file of a run."""
         return self.report / "results" / f"{run.name}.json"
 
-    def stage(self, run: Run, number: int) -> Path:
-        """Return the training folder of a run's stage."""
-        return self.output / "runs" / run.name / f"stage{number}"
+    def training(self, run: Run) -> Path:
+        """Return the training folder of a run."""
+        return self.output / "runs" / run.name / "stage0"  # the only stage; so named by earlier versions
 
     def log(self, run: Run) -> Path:
         """Return the log of a run."""
@@ -118,15 +117,17 @@ class Job(NamedTuple):
 # --- parallel runs ---
 
 
-def run_experiment(protocol: Protocol, folders: Folders, resources: Resources, minutes: float | None = None) -> bool:
-    """Complete all unfinished runs of an experiment; the folders hold no runs of another protocol.
+def run_experiment(
+    runs: list[Run], protocol: Protocol, folders: Folders, resources: Resources, minutes: float | None = None
+) -> bool:
+    """Complete the unfinished runs of an experiment; the folders hold no runs of another protocol.
 
     Return True when all runs are done, and False after `minutes` or a signal; the same call then resumes. A failed
     run or another process in these folders is a `UserError`; finished runs are kept.
     """
     with _locked(folders.output), Interruption(signal.SIGINT) as interruption:
         deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        scheduler = _Scheduler(protocol, folders, resources)
+        scheduler = _Scheduler(runs, protocol, folders, resources)
         try:
             return scheduler.run(lambda: interruption.requested() or time.monotonic() > deadline)
         finally:
@@ -147,15 +148,11 @@ def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 class _Scheduler:
-    """Scheduler that starts and watches jobs; progress is measured in trained pixels."""
+    """Scheduler that starts and watches jobs; progress is measured in epochs."""
 
-    def __init__(self, protocol: Protocol, folders: Folders, resources: Resources):
+    def __init__(self, runs: list[Run], protocol: Protocol, folders: Folders, resources: Resources):
         self.protocol, self.folders, self.resources = protocol, folders, resources
-        runs = protocol.planned_runs(folders.cifar10 is not None)
-        self.work = {  # run → number of pixels that it trains on
-            run: sum(stage.steps * stage.batch_size * stage.image_size**2 for stage in protocol.stages_of(run))
-            for run in runs
-        }
+        self.work = {run: protocol.epochs_of(run) for run in runs}
         self.waiting = [run for run in runs if not folders.result(run).is_file()]
         self.running: dict[Run, tuple[multiprocessing.Process, str]] = {}  # process and device
         self.origin = provenance() | {"device": str(resources)}  # of the code that the jobs run
@@ -196,7 +193,7 @@ class _Scheduler:
         if len(self.running) == self.resources.jobs or not self.waiting:
             return False
         results = Results.load(self.folders.report, self.protocol)
-        lrs = ((run, results.chosen_lr(run.model) if run.lr is None else run.lr) for run in self.waiting)
+        lrs = ((run, run.lr if run.sweep else results.chosen_lr(run.model)) for run in self.waiting)
         run, lr = next(((run, lr) for run, lr in lrs if lr is not None), (None, None))
         if run is None:
             return False
@@ -258,50 +255,41 @@ def train_and_score(job: Job) -> None:
         if _train(job):
             _score(job)
     except NonFiniteError as error:
-        if job.run.kind != "sweep":
+        if not job.run.sweep:
             raise
         print(f"this learning rate diverges and gets accuracy 0: {error}", flush=True)
         _write(job, {"validation": [{"val_accuracy": 0.0}], "diverged": str(error)})
 
 
 def _train(job: Job) -> bool:
-    """Train all stages; return False if stopped before the end."""
-    init = ""
-    for number, stage in enumerate(job.protocol.stages_of(job.run)):
-        folder = job.folders.stage(job.run, number)
-        data_dir = job.folders.cifar10 if job.run.kind == "cifar10" else job.folders.photographs
-        further = job.settings | {"init": init}
-        config = job.protocol.training_config(job.run, number, job.lr, data_dir, **further)
-        summary = folder / "summary.json"
-        if not summary.is_file():
-            launch(config, argparse.Namespace(recipe="emergence", output=str(folder), resume=True, dry_run=False))
-            if not summary.is_file():
-                return False
-        elif run_config(folder).lr != config.lr:
-            raise UserError(
-                f"{folder} was trained at lr {run_config(folder).lr:g}, and the sweeps now select {config.lr:g}: "
-                "remove the folder, or restore the results of its sweeps"
-            )
-        init = f"{folder}@{stage.steps}"
-    return True
+    """Train; return False if stopped before the end."""
+    folder = job.folders.training(job.run)
+    config = job.protocol.training_config(job.run, job.lr, job.folders.photographs, **job.settings)
+    summary = folder / "summary.json"
+    if not summary.is_file():
+        launch(config, argparse.Namespace(recipe="emergence", output=str(folder), resume=True, dry_run=False))
+    elif run_config(folder).lr != config.lr:
+        raise UserError(
+            f"{folder} was trained at lr {run_config(folder).lr:g}, and the sweeps now select {config.lr:g}: "
+            "remove the folder, or restore the results of its sweeps"
+        )
+    return summary.is_file()
 
 
 def _score(job: Job) -> None:
-    stages = job.protocol.stages_of(job.run)
-    folders = [job.folders.stage(job.run, number) for number in range(len(stages))]
-    logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    folder = job.folders.training(job.run)
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = [entry for entry in log if "images_per_s" in entry]
     seconds = 0.0  # of all sessions, from the speed of each log interval
-    for log, stage in zip(logs, stages, strict=True):
-        timed = [entry for entry in log if "images_per_s" in entry]
-        for before, entry in zip([{"step": 0}, *timed], timed, strict=False):
-            seconds += (entry["step"] - before["step"]) * stage.batch_size / entry["images_per_s"]
+    for before, entry in zip([{"step": 0}, *timed], timed, strict=False):
+        seconds += (entry["step"] - before["step"]) * job.protocol.batch_size / entry["images_per_s"]
     result = {
         "training_seconds": round(seconds),
-        "parameters": json.loads((folders[0] / "summary.json").read_text())["parameters"],
-        "validation": _entries(logs, "val_loss", "val_accuracy"),
-        "training": _entries(logs, "loss", "accuracy"),
+        "parameters": json.loads((folder / "summary.json").read_text())["parameters"],
+        "validation": _entries(log, "val_loss", "val_accuracy"),
+        "training": _entries(log, "loss", "accuracy"),
     }
-    if job.run.scored:
+    if not job.run.sweep:
         with Interruption() as interruption:
             checkpoints = _score_checkpoints(job, interruption)
         if checkpoints is None:
@@ -312,66 +300,59 @@ def _score(job: Job) -> None:
 
 def _write(job: Job, result: dict) -> None:
     run, path = job.run, job.folders.result(job.run)
-    facts = {"kind": run.kind, "model": run.model, "seed": run.seed, "lr": job.lr, "training_seconds": 0}
+    facts = {"model": run.model, "seed": run.seed, "lr": job.lr, "training_seconds": 0}
     facts |= {"protocol": job.protocol.settings(), "provenance": job.origin}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(facts | result) + "\n")
 
 
-def _entries(logs: list[list[dict]], *names: str) -> list[dict]:
-    """Return the named values of every log entry that has them, with stage and step."""
-    return [
-        {"stage": number, **{name: entry[name] for name in ("step", *names)}}
-        for number, log in enumerate(logs)
-        for entry in log
-        if names[0] in entry
-    ]
+def _entries(log: list[dict], *names: str) -> list[dict]:
+    """Return the named values of every log entry that has them, with its step."""
+    return [{name: entry[name] for name in ("step", *names)} for entry in log if names[0] in entry]
 
 
 def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | None:
     """Return the scores of all checkpoints in order, or None when stopped."""
-    points = job.protocol.points
-    settings = {"protocol": job.protocol.settings(), "lr": job.lr}
+    protocol, steps = job.protocol, job.protocol.scored_steps
+    settings = {"protocol": protocol.settings(), "lr": job.lr}
     records = Records(job.folders.output / "scores" / job.run.name, settings, key="checkpoint")
-    photographs = job.protocol.photographs
-    data = PhotographData(job.protocol, job.folders.photographs) if photographs else SceneData(job.protocol)
-    for number, point in enumerate(points):
+    data = PhotographData(protocol, job.folders.photographs)
+    for number, step in enumerate(steps):
         if interruption.requested():
             return None
         if number not in records.read():
-            began, loaded = time.perf_counter(), _open(job, point)
-            record = {"checkpoint": number, **point._asdict()}
+            began, loaded = time.perf_counter(), _open(job, step)
+            record = {"checkpoint": number, "step": step, "images": step * protocol.batch_size}
             record |= {"default_layer": loaded.extract.default_layer, **checkpoint_scores(loaded, data)}
-            if photographs and number in (0, len(points) - 1):
+            if step in (0, steps[-1]):
                 record |= box_scores(loaded, data)
-            if photographs and data.with_masks is not None:
-                record |= photograph_scores(_open(job, point, job.protocol.mask_size), data)
+            if data.with_masks is not None:
+                record |= mask_scores(_open(job, step, protocol.mask_size), data)
             records.append([record | {"seconds": round(time.perf_counter() - began, 1)}])
-            print(f"scored checkpoint {number} of {len(points) - 1}", flush=True)
-    if job.run.seed == job.protocol.seeds[0]:
+            print(f"scored checkpoint {number} of {len(steps) - 1}", flush=True)
+    if job.run.model in protocol.models and job.run.seed == protocol.seeds[0]:
         _save_pictures(job, data.shown())
     found = records.read()
-    return [found[number] for number in range(len(points))]
+    return [found[number] for number in range(len(steps))]
 
 
-def _open(job: Job, point: Point, image_size: int | None = None) -> LoadedModel:
-    folder = job.folders.stage(job.run, point.stage)
-    source = f"{job.run.model}={folder}@{point.step or 'untrained'}"
+def _open(job: Job, step: int, image_size: int | None = None) -> LoadedModel:
+    source = f"{job.run.model}={job.folders.training(job.run)}@{step or 'untrained'}"
     return open_model(source, job.settings["device"], image_size or job.protocol.image_size, seed=job.run.seed)
 
 
 def _save_pictures(job: Job, shown: dict[str, np.ndarray]) -> None:
     """Save pictures of the last checkpoint's layers, components of every checkpoint's default layer, and images."""
-    points, images = job.protocol.points, shown["images"]
-    last = _open(job, points[-1], images.shape[1])
+    steps, images = job.protocol.scored_steps, shown["images"]
+    last = _open(job, steps[-1], images.shape[1])
     arrays = pictures(last, images, range(last.extract.depth))
     layer = [last.extract.default_layer]
-    by_point = [pictures(_open(job, point, images.shape[1]), images, layer) for point in points]
-    arrays["components_by_checkpoint"] = np.concatenate([found["components"] for found in by_point])
+    by_step = [pictures(_open(job, step, images.shape[1]), images, layer) for step in steps]
+    arrays["components_by_checkpoint"] = np.concatenate([found["components"] for found in by_step])
     folder = job.folders.report / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder / f"{job.run.model}.npz", arrays)
-    _save(folder / f"{job.protocol.kind}.npz", shown)  # the same for every model
+    _save(folder / "photographs.npz", shown)  # the same for every model
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -9,37 +9,36 @@ from torch.utils.data import Dataset
 from crate_fast.eval import coarse_segmentation, localization, maskcut, white_box
 from crate_fast.eval.common.images import batches
 from crate_fast.eval.common.models import LoadedModel
-from crate_fast.eval.emergence.data import PhotographData, SceneData, spread
+from crate_fast.eval.emergence.data import PhotographData, spread
 from crate_fast.eval.pca import component_colours
 
 _BATCH = 50
 _DIGITS = 6  # decimals of saved scores
 
 
-def checkpoint_scores(loaded: LoadedModel, data: SceneData | PhotographData) -> dict:
+def checkpoint_scores(loaded: LoadedModel, data: PhotographData) -> dict:
     """Score a model at every layer.
 
     Returns:
         "accuracy" on test images; "selection" and "test", reading → "layers" ("best_head" and "per_head" of each)
         and baselines, as in `segmentation.score_attention`; "white_box", R^c and sparsity of each layer, empty for
-        models without subspaces and ISTA; for scenes also "maskcut".
+        models without subspaces and ISTA.
     """
-    few = spread(data.test, data.protocol.maskcut_images) if data.protocol.photographs else data.with_masks
+    few = spread(data.test, data.protocol.maskcut_images)
     scores = {
         "accuracy": _accuracy(loaded, data.classified),
         "selection": _segmentation(loaded, data.selection),
         "test": _segmentation(loaded, data.test),
         "white_box": white_box.evaluate(loaded, batches(few, _BATCH))["layers"],
     }
-    if not data.protocol.photographs:
-        scores["maskcut"] = _maskcut(loaded, few)
     return _rounded(scores)
 
 
-def photograph_scores(loaded: LoadedModel, data: PhotographData) -> dict:
+def mask_scores(loaded: LoadedModel, data: PhotographData) -> dict:
     """Score a model, opened at their size, on the photographs with masks: "masks" (like "test") and "maskcut"."""
-    images = data.with_masks
-    return _rounded({"masks": _segmentation(loaded, images), "maskcut": _maskcut(loaded, images)})
+    found = maskcut.evaluate(loaded, data.with_masks, list(range(loaded.extract.depth)))
+    boxes = {n: maskcut.in_percent(scores) | {"detections": scores["detections"]} for n, scores in found.items()}
+    return _rounded({"masks": _segmentation(loaded, data.with_masks), "maskcut": boxes})
 
 
 def box_scores(loaded: LoadedModel, data: PhotographData) -> dict:
@@ -48,12 +47,6 @@ def box_scores(loaded: LoadedModel, data: PhotographData) -> dict:
     for row in found["layers"]:
         del row["per_head"]
     return _rounded({"boxes": found})
-
-
-def _maskcut(loaded: LoadedModel, images: Dataset) -> dict:
-    layers = list(range(loaded.extract.depth))
-    found = maskcut.evaluate(loaded, images, layers)
-    return {n: maskcut.in_percent(scores) | {"detections": scores["detections"]} for n, scores in found.items()}
 
 
 @torch.inference_mode()
