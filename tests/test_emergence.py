@@ -29,6 +29,7 @@ from crate_fast.eval.emergence.results import Results, at_accuracy, at_checkpoin
 from crate_fast.eval.emergence.runs import Folders, Job, Resources, train_and_score
 from crate_fast.train.data import build_splits
 from crate_fast.train.faults import Interruption, NonFiniteError
+from crate_fast.train.runs import run_config
 from crate_fast.train.trainer import Trainer
 
 SMOKE = SIZES["smoke"]
@@ -103,7 +104,7 @@ def test_the_fixed_head_is_chosen_on_the_selection_images():
 
 
 def test_claims_hold_for_good_scores_only():
-    scores = {"CRATE-MLP": [45, 46], "CRATE-MHSA": [40, 41]}
+    scores = {"CRATE-MLP": [45, 46], "CRATE-MHSA": [40, 41], "CRATE-alpha": [9, 9]}
     good = results_with(scores | {"CRATE": [50, 51], "ViT": [20, 21.1]})
     assert [claim.holds for claim in good.claims()] == [True] * 5
     bad = results_with(scores | {"CRATE": [20, 10], "ViT": [32, 33]})
@@ -118,10 +119,11 @@ def test_seeds_of_crate_and_vit_and_models_with_all_of_them_are_compared():
     del results.runs["photographs-ViT-seed1"]
     assert results.by_seed("CRATE", at_checkpoint("mIoU mass, best head")) == pytest.approx([40.0])
     assert (results.claims()[2].holds, results.complete) == (None, False)  # one seed has no interval
-    scores = {"CRATE": [50, 51], "CRATE-MLP": [45], "ViT": [40, 40]}
+    scores = {"CRATE": [50, 51], "CRATE-MLP": [45], "ViT": [40, 40], "CRATE-alpha": [9, 9]}
     for mhsa, order in ((41.0, None), (39.0, False)):
         results = results_with(scores | {"CRATE-MHSA": [mhsa, mhsa]})
         assert (results.models, results.seeds) == (["CRATE", "CRATE-MHSA", "ViT"], [0, 1])
+        assert {model: len(runs) for model, runs in results.others.items()} == {"CRATE-MLP": 1, "CRATE-alpha": 2}
         claim = results.claims()[-1]
         assert (claim.holds, results.complete) == (order, False)
         assert "without CRATE-MLP" in claim.evidence
@@ -168,6 +170,7 @@ def test_scores_at_an_accuracy_are_interpolated_between_checkpoints():
     runs = {Run(model, seed).name: result for model in MODELS for seed in TWO_SEEDS.seeds}
     assert Results(runs, TWO_SEEDS).common_accuracy() == pytest.approx(30.0)
     runs["photographs-ViT-seed1"] = learning([10.0, 25.0], [10.0, 20.0])
+    runs["photographs-CRATE-alpha-seed0"] = learning([10.0, 12.0], [10.0, 20.0])  # not compared
     assert Results(runs, TWO_SEEDS).common_accuracy() == pytest.approx(25.0)
 
 
@@ -198,9 +201,24 @@ def test_only_complete_seeds_are_compared(committed):
     text = report_again(committed, "small")
     for words in ("19 of 24", "so far**", "| seeds compared | 1 |"):
         assert words in text
-    assert "left out, without these seeds" not in text
+    assert "Not part of the comparison" not in text
     (committed / "results" / "photographs-CRATE-MLP-seed1.json").unlink()
-    assert "| models left out, without these seeds | CRATE-MLP |" in report_again(committed, "small")
+    assert "| CRATE-MLP | 1 |" in report_again(committed, "small").partition("## Not part of the comparison")[2]
+
+
+def test_another_model_has_a_row_of_its_own_and_changes_nothing_else(committed):
+    results = committed / "results"
+    for name in ("photographs-CRATE-seed0", "sweep-CRATE-lr0.001"):
+        result = json.loads((results / f"{name}.json").read_text()) | {"model": "CRATE-alpha", "training_seconds": 0}
+        result["protocol"] |= {"models": ["CRATE-alpha"], "seeds": [0]}
+        for scored in result.get("checkpoints", []):
+            scored["seconds"] = 0
+        (results / f"{name.replace('CRATE', 'CRATE-alpha')}.json").write_text(json.dumps(result))
+    before = (PAGES / "report.md").read_text()
+    text = report_again(committed, "small").replace("20 of 24, and 2 that are not compared", "20 of 24")
+    section = text[text.index("## Not part of the comparison") : text.index("## Figures")]
+    assert text.replace(section, "") == before
+    assert "| CRATE-alpha | 1 | 35.6 | 63.5 | 32.2 | 45.7 | 32.6 |" in section  # CRATE's numbers in discussion.md
 
 
 # --- the smoke size ---
@@ -315,6 +333,23 @@ def test_the_report_is_made_from_the_results_alone(finished, tmp_path):
     for words in ("at equal accuracy", "mean box", "## Boxes from attention", "## MaskCut", "12 of 12"):
         assert words in text
     assert str(finished[0]) not in text
+
+
+def test_another_model_is_trained_into_the_same_folder(finished, photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("crate_fast.eval.emergence.report.draw", lambda *_: {})
+    copy = shutil.copytree(finished[0], tmp_path / "copy", symlinks=True)
+    words = [*options(photographs, copy), "--models", "CRATE-alpha", "--seeds", "0"]
+    words[words.index("--data") + 1] = f"photographs:{photographs}"  # as earlier versions wrote it
+    assert main([*words, "--minutes", "0.0001"]) == 0
+    assert "the same command continues" in capsys.readouterr().out
+    assert main(words) == 0
+    before = _times(finished[0])
+    names = {"photographs-CRATE-alpha-seed0", "sweep-CRATE-alpha-lr0.001", "sweep-CRATE-alpha-lr0.002"}
+    assert _times(copy).keys() - before.keys() == {f"{name}.json" for name in names}
+    text = (copy / "report" / "report.md").read_text()
+    assert "| CRATE-alpha | 1 |" in text
+    assert "12 of 12, and 3 that are not compared" in text
+    assert run_config(copy / "runs" / "photographs-CRATE-alpha-seed0" / "stage0").sparsifier == "odl"
 
 
 def test_the_untrained_model_has_the_runs_initial_weights(finished, tmp_path):

@@ -12,7 +12,7 @@ from crate_fast import export
 from crate_fast.cli import COMMANDS, GROUPS
 from crate_fast.errors import UserError
 from crate_fast.eval import by_layer, comparison
-from crate_fast.eval.emergence.protocol import SIZES
+from crate_fast.eval.emergence.protocol import MODELS, SIZES
 from crate_fast.eval.pca import SCALINGS
 from crate_fast.options import PARSERS, parse
 from crate_fast.train.reconstruction import RATIOS
@@ -105,6 +105,7 @@ def test_choices_and_defaults_equal_those_of_the_modules():
     assert sorted(option("eval comparison", "table").choices) == sorted(comparison.NEEDS)
     assert tuple(option("eval reconstruction", "ratios").default) == RATIOS
     assert list(option("reproduce emergence", "size").choices) == list(SIZES)
+    assert list(option("reproduce emergence", "models").choices) == list(MODELS)
     assert option("export", "format").default == list(export.FORMATS)
     assert option("export", "opset").default == export.MIN_OPSET
     assert all(name in option("export", "outputs").help for name in export.OUTPUTS)

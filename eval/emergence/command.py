@@ -30,7 +30,7 @@ def _command(options: argparse.Namespace) -> None:
         for folder, option in ((folders.report, "--report"), (folders.output, "--output")):
             if _saved_protocol(folder, options.size) != protocol:
                 claim(folder, "protocol.json", {"size": options.size} | protocol.settings(), option)
-        runs = protocol.planned_runs()
+        runs = protocol.planned_runs(options.models, options.seeds)
         if not run_experiment(runs, protocol, folders, Resources(options.device, options.jobs), options.minutes):
             print("stopped; the same command continues")
             return

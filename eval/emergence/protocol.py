@@ -14,6 +14,7 @@ MODELS: dict[str, dict[str, str]] = {  # model → settings that differ from CRA
     "CRATE-MLP": {"sparsifier": "mlp"},
     "CRATE-MHSA": {"attention": "mhsa"},
     "ViT": {"attention": "mhsa", "sparsifier": "mlp"},
+    "CRATE-alpha": {"sparsifier": "odl"},  # not compared: an extra row of the report
 }
 _OF_TRAINING = (
     "patch_size",
@@ -105,10 +106,14 @@ class Protocol:
         values, names = settings | settings.get("stages", [{}])[0], {field.name for field in dataclasses.fields(cls)}
         return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items() if n in names})
 
-    def planned_runs(self) -> list[Run]:
-        """Return all runs in order: sweeps, then seed by seed, so that an early stop leaves complete seeds."""
-        sweeps = [Run(model, self.sweep_seed, lr) for model in self.models for lr in self.lrs]
-        return sweeps + [Run(model, seed) for seed in self.seeds for model in self.models]
+    def planned_runs(self, models: list[str] | None = None, seeds: list[int] | None = None) -> list[Run]:
+        """Return all runs in order: sweeps, then seed by seed, so that an early stop leaves complete seeds.
+
+        `models` and `seeds` are the protocol's when None.
+        """
+        models, seeds = models or self.models, self.seeds if seeds is None else seeds
+        sweeps = [Run(model, self.sweep_seed, lr) for model in models for lr in self.lrs]
+        return sweeps + [Run(model, seed) for seed in seeds for model in models]
 
     def epochs_of(self, run: Run) -> int:
         """Return the number of epochs of a run."""

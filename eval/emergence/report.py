@@ -63,6 +63,7 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
         _at_equal_accuracy(results),
         "## White box",
         _white_box(results),
+        *(["## Not part of the comparison", _others(results)] if results.others else []),
         *(["## Figures", _figures_note(protocol)] if figures else []),
         *(f"![{CAPTIONS[name]}](figures/{path.name})\n\n*{CAPTIONS[name]}*" for name, path in figures.items()),
         "## How it was run",
@@ -190,6 +191,23 @@ def _masks(results: Results) -> list[str]:
     ]
 
 
+def _others(results: Results) -> str:
+    """Return the table of models that lack a compared seed."""
+    measures = {"photographs": "accuracy", results.protocol.primary: "test", "mIoU mass, best head": "test"}
+    measures |= {"MaxBoxAccV2, best head": "boxes", "masks: AP, best head": "masks"}
+    rows = []
+    for model, runs in results.others.items():
+        rows.append({"model": model, "seeds": len(runs)})
+        for name, group in measures.items():
+            scored = all(group in run["checkpoints"][-1] for run in runs)
+            value = at_checkpoint("accuracy" if group == "accuracy" else name)
+            rows[-1][name] = _with_spread([value(run) for run in runs]) if scored else None
+    return (
+        "Models without a run of every compared seed, at the last checkpoint and the paper's layer. They are in no "
+        "table, statement or mean above.\n\n" + markdown_table(rows)
+    )
+
+
 def _pairs(results: Results) -> list[tuple[str, str]]:
     return [pair for pair in _PAIRS if {*pair} <= {*results.models}]
 
@@ -274,13 +292,12 @@ def _origin(results: Results, size: str) -> str:
     hours = (sum(run["training_seconds"] for run in runs) + scoring) / 3600
     planned = protocol.planned_runs()
     done = sum(run.name in results.runs for run in planned)
-    left_out = [model for model in protocol.models if model not in results.models]
+    further = f", and {len(runs) - done} that are not compared" if len(runs) > done else ""
     masks = " --masks coco:DIR" if results.have("masks") else ""
     facts = {
         "command": f"`crate-fast reproduce emergence --size {size} --data DIR{masks}`",
-        "runs": f"{done} of {len(planned)}",
+        "runs": f"{done} of {len(planned)}{further}",
         "seeds compared": ", ".join(map(str, results.seeds)),
-        **({"models left out, without these seeds": ", ".join(left_out)} if left_out else {}),
         "hours of all runs together": f"{hours:.1f}, {scoring / 3600:.1f} of them scoring",
     }
     for title, name in (("hardware", "device"), ("commits", "commit"), ("torch", "torch")):

@@ -187,6 +187,15 @@ class Results:
         return [model for model in self.protocol.models if all(self.run(model, seed) for seed in self.seeds)]
 
     @property
+    def others(self) -> dict[str, list[dict]]:
+        """Runs of all other models: model → results."""
+        found: dict[str, list[dict]] = {}
+        for result in self.scored:
+            if result["model"] not in self.models:
+                found.setdefault(result["model"], []).append(result)
+        return found
+
+    @property
     def complete(self) -> bool:
         """True if every model and seed of the protocol is compared."""
         return (len(self.models), len(self.seeds)) == (len(self.protocol.models), len(self.protocol.seeds))
