@@ -24,7 +24,10 @@ from crate_fast.eval.white_box import trend
 from crate_fast.train.checkpoint import write_text
 
 _PAIRS = (*itertools.pairwise(ORDER), ("CRATE", "ViT"))
-_PAPERS_LAYER = "the last but one of models with MSSA, the last of those with MHSA"
+_FIGURES = (
+    "Grids show freely licensed photographs from Python packages, at {size} px, and the models of the first seed. "
+    "The photographs were chosen by licence before the runs. No model was trained on them."
+)
 _CITED = {  # column of the paper's numbers → its cell for a row of the paper's Table 2, {} for other models
     "paper, VOC": lambda row: row.get("VOC mIoU"),
     "paper, COCO: box AP50 / AP": lambda row: f"{row['box AP50']} / {row['box AP']}" if row else None,
@@ -64,7 +67,7 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
         "## White box",
         _white_box(results),
         *(["## Not part of the comparison", _others(results)] if results.others else []),
-        *(["## Figures", _figures_note(protocol)] if figures else []),
+        *(["## Figures", _FIGURES.format(size=protocol.mask_size)] if figures else []),
         *(f"![{CAPTIONS[name]}](figures/{path.name})\n\n*{CAPTIONS[name]}*" for name, path in figures.items()),
         "## How it was run",
         _origin(results, size),
@@ -72,14 +75,6 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
     path = report / "report.md"
     write_text(path, "\n\n".join(part.strip() for part in parts) + "\n")
     return path
-
-
-def _figures_note(protocol: Protocol) -> str:
-    return (
-        f"Grids show freely licensed photographs from Python packages, at {protocol.mask_size} px, and the "
-        "models of the first seed. The photographs were chosen by licence before the runs. No model was "
-        "trained on them."
-    )
 
 
 def _with_spread(values: Sequence[float]) -> str:
@@ -100,7 +95,7 @@ def _verdicts(results: Results) -> str:
     protocol, primary = results.protocol, results.protocol.primary
     at = results.common_accuracy()
     reached = results.by_model(at_accuracy(primary, at)).values()
-    learned = not any(None in values for values in reached)  # every run started below this accuracy
+    learned = not any(None in values for values in reached)  # no run started above this accuracy
     parts = [
         f"On the primary score, {primary}, at the end of training:",
         _claims(results, primary),
@@ -155,8 +150,9 @@ def _coarse(results: Results) -> str:
     rows = _with_twins(results, list(COARSE)) + _baseline_rows(results, "test")
     chosen = _rows(results, {name: at_checkpoint(name, layer="chosen") for name in COARSE})
     return (
-        f"At the paper's layer: {_PAPERS_LAYER}. The best head is chosen for each image; the fixed head is one for "
-        "all images, chosen on other photographs. An object is the area inside its boxes.\n\n"
+        "At the paper's layer: the last but one of models with MSSA, the last of those with MHSA. The best head is "
+        "chosen for each image; the fixed head is one for all images, chosen on other photographs. An object is the "
+        "area inside its boxes.\n\n"
         + markdown_table(rows, digits=1)
         + "\nAt the layer that is best on other photographs, chosen for each run and score:\n\n"
         + markdown_table(chosen, digits=1)

@@ -1,5 +1,6 @@
 """Scores and pictures of one checkpoint of the experiment."""
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,13 +67,9 @@ def _segmentation(loaded: LoadedModel, images: Dataset) -> dict:
     return scores
 
 
-def _rounded(value):
-    """Round floats and turn keys into strings, so that values in memory equal those in the file."""
-    if isinstance(value, dict):
-        return {str(key): _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return round(value, _DIGITS) if isinstance(value, float) else value
+def _rounded(scores: dict) -> dict:
+    """Return scores as JSON values with rounded floats."""
+    return json.loads(json.dumps(scores), parse_float=lambda text: round(float(text), _DIGITS))
 
 
 def pictures(loaded: LoadedModel, shown: np.ndarray, layers: Sequence[int]) -> dict[str, np.ndarray]:
