@@ -16,15 +16,9 @@ MODELS: dict[str, dict[str, str]] = {  # model → settings that differ from CRA
     "ViT": {"attention": "mhsa", "sparsifier": "mlp"},
     "CRATE-alpha": {"sparsifier": "odl"},  # not compared: an extra row of the report
 }
-_OF_TRAINING = (
-    "patch_size",
-    "dim",
-    "depth",
-    "heads",
-    "image_size",
-    "batch_size",
-)  # fields that `TrainConfig` has too
-_OF_TRAINING += ("optimizer", "weight_decay", "label_smoothing", "crop_scale", "hflip", "precision")
+# Fields that `TrainConfig` has too
+_OF_TRAINING = ("patch_size", "dim", "depth", "heads", "image_size", "batch_size", "optimizer", "weight_decay")
+_OF_TRAINING += ("label_smoothing", "crop_scale", "hflip", "precision")
 
 
 class Run(NamedTuple):
@@ -76,9 +70,7 @@ class Protocol:
     precision: str = "bf16"
     mask_size: int = 128  # side in pixels at which photographs with masks are scored
     coverage: tuple[float, float] = (0.05, 0.6)  # share of a scored photograph that its boxes cover
-    box_images: int = (
-        1000  # number of test photographs for the scores of `crate-fast eval localization`, which are slow
-    )
+    box_images: int = 1000  # number of test photographs with scores of `crate-fast eval localization`, which is slow
 
     @property
     def scored_steps(self) -> list[int]:
