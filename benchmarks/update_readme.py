@@ -7,7 +7,6 @@ python benchmarks/update_readme.py --from FOLDER      # first copy the results o
 import argparse
 import json
 import re
-import statistics
 import sys
 import tarfile
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from harness import RESULTS, earlier_rows, write_results
 from gpu_report import FACTS, facts_of, markdown_table, summary, times
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", *(f"docs/{page}.md" for page in ("evaluation", "training", "results/gpu", "results/cpu")))
+PAGES = ("README.md", "docs/results/gpu.md", "docs/results/cpu.md")
 NOT_MEASURED = "Not yet measured: no GPU run has been committed.\n"
 OURS = "ours"
 KEYS = ("problem", "pass", "peer")  # identify a measured row
@@ -181,73 +180,6 @@ def _facts(row: dict) -> dict:
     return {key: row[key] for key in FACTS if key in row}
 
 
-def maskcut_table() -> str:
-    """Make the table of MaskCut and SciPy's eigensolvers from maskcut.json."""
-    content = json.loads((RESULTS / "maskcut.json").read_text())
-    images = [row for row in content["rows"] if row["kind"] == "image"]
-    growth = [row for row in content["rows"] if row["kind"] == "growth"]
-
-    def median(name: str) -> float:
-        return statistics.median(row[name] for row in images)
-
-    rows = [{"MaskCut, 480 px, patch 8": what} for what in ("one eigenvector", "an image's masks, up to three")]
-    for column, form, *fields in (
-        ("dense, s", None, "dense s", "image, dense s"),
-        ("eigsh, s", None, "eigsh s", "image, eigsh s"),
-        ("ours, s", None, "eigenproblem, ours s", "image, ours s"),
-        ("ours", "**{:.0f}×**", "ratio", "image ratio"),
-        ("ours to eigsh", "**{:.1f}×**", "eigsh ratio", "image eigsh ratio"),
-    ):
-        for row, field in zip(rows, fields, strict=True):
-            row[column] = form.format(median(field)) if form else median(field)
-    largest = [row for row in growth if row["graph"] == "connected"][-1]
-    note = (
-        f"Medians over {len(images)} images; the same features, masks compared first; dense: "
-        "`scipy.linalg.eigh(D − A, D, subset_by_index=[1, 2])`; eigsh: "
-        f'`scipy.sparse.linalg.eigsh(D^-½AD^-½, 2, which="LA")`. {content["device"]}, '
-        f"torch {content['torch']}, commit {content['commit']}. At {largest['image at patch 8, px']} px "
-        f"({largest['patches']:,} patches) ours takes {largest['ours s']:.1f} s and "
-        f"{largest['ours peak MiB']:,.0f} MiB; "
-        "[more](../benchmarks/results/maskcut.md)."
-    )
-    return f"{markdown_table(rows)}\n{note}\n"
-
-
-def data_table() -> str:
-    """Make the table of the cost of loading an image from data.json."""
-    content = json.loads((RESULTS / "data.json").read_text())
-    by_name = {row["what"]: row for row in content["rows"]}
-    goal = content["goal_images_per_s"]
-    shown = (
-        ("decode", "decode"),
-        ("random crop and resize", "random crop, resize to 224"),
-        ("augment: rand-m9-n2-mstd0.5", "augment: rand-m9-n2-mstd0.5"),
-        ("augment: randaugment-n2-m14", "augment: randaugment-n2-m14"),
-        ("folder", "**whole batches**: folder"),
-        ("tar", "tar"),
-        ("hf", "hf"),
-        ("shards", "shards"),
-        ("shards, randaugment-n2-m14", "shards, randaugment-n2-m14"),
-        ("shards, shorter side 256 px", "shards of 256 px"),
-        ("shards, shorter side 256 px, randaugment-n2-m14", "shards of 256 px, randaugment-n2-m14"),
-    )
-    rows = [
-        {
-            f"{content['images']}, {content['mean_kb']:.0f} KB": label,
-            "µs an image": by_name[name]["us"],
-            "images/s a core": by_name[name]["images_per_s"],
-            f"cores for {goal:,} images/s": f"{goal / by_name[name]['images_per_s']:.0f}",
-        }
-        for name, label in shown
-        if name in by_name
-    ]
-    note = (
-        f"CPU time, medians; {content['device']}, PIL {content['pil']}, commit {content['commit']}; reading and "
-        "evaluation: [data.md](../benchmarks/results/data.md)."
-    )
-    return f"{markdown_table(rows)}\n{note}\n"
-
-
 def updated(text: str) -> str:
     """Return a page with new tables."""
     makers = {
@@ -256,8 +188,6 @@ def updated(text: str) -> str:
         "cpu-zen3": partial(cpu_table, "cpu_zen3"),
         "gpu": gpu_table,
         "models": models_table,
-        "maskcut": maskcut_table,
-        "data": data_table,
     }
     for name, make in makers.items():
         pattern = rf"(<!-- {name}-table:begin -->\n).*(<!-- {name}-table:end -->)"

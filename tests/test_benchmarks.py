@@ -2,11 +2,12 @@
 
 import functools
 import json
-import pickle
 import re
 from dataclasses import replace
 from functools import partial
-from itertools import count, groupby
+from itertools import groupby
+from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 
 import harness
 
@@ -51,10 +52,10 @@ def test_candidates_are_timed_in_turn():
 
 
 def test_times_of_the_data_benchmark_are_per_image_not_per_call(monkeypatch):
-    seconds = count()  # each reading of the clock is a second after the last
-    monkeypatch.setattr(bench_data.time, "process_time", lambda: next(seconds))
-    one, four = bench_data.cpu_rates({"one": (lambda: None, 1), "four": (lambda: None, 4)}, rounds=3, seconds=1)
-    assert [(row["us"], row["images_per_s"]) for row in (one, four)] == [(2e6, 0.5), (5e5, 2.0)]
+    second = harness.Timing(1.0, 1.0, 1.0)
+    monkeypatch.setattr(bench_data, "interleaved", lambda calls, _: dict.fromkeys(calls, second))
+    one, four = bench_data.measure({"one": (None, 1), "four": (None, 4)}, rounds=3)
+    assert [(row["µs an image"], row["images/s a core"]) for row in (one, four)] == [(1e6, 1.0), (2.5e5, 4.0)]
 
 
 def _allocate():
@@ -69,37 +70,27 @@ def test_the_tables_of_the_pages_equal_the_committed_results():
     texts = [(update_readme.ROOT / page).read_text() for page in update_readme.PAGES]
     assert [update_readme.updated(text) for text in texts] == texts
     tables = re.findall(r"<!-- (\w+)-table:begin -->", "".join(texts))
-    assert sorted(tables) == ["cpu", "data", "gpu", "maskcut", "models"]
-
-
-def _called_here(prepare) -> float:
-    """Stand in for `harness.peak_mib`, which starts a process."""
-    pickle.loads(pickle.dumps(prepare))()()
-    return 1.0
+    assert sorted(tables) == ["cpu", "gpu", "models"]
 
 
 def test_the_maskcut_benchmark_compares_masks_before_times(monkeypatch):
-    monkeypatch.setattr(bench_maskcut, "_features", functools.cache(bench_maskcut._features))
-    monkeypatch.setattr(bench_maskcut, "peak_mib", _called_here)
+    monkeypatch.setattr(bench_maskcut, "features_of", functools.cache(bench_maskcut.features_of))
     assert bench_maskcut.main(["--smoke"]) == 0
-    with monkeypatch.context() as patched:
-        noise = np.random.default_rng(0)
-        patched.setattr(bench_maskcut, "eigsh", lambda m, k, which: (np.ones(k), noise.normal(size=(len(m), k))))
-        with pytest.raises(SystemExit, match="ours and eigsh cut the graph differently: no numbers"):
-            bench_maskcut.main(["--smoke"])
-    monkeypatch.setattr(bench_maskcut.maskcut_oracle, "object_of", lambda vector, grid: (vector > 0).reshape(grid))
-    with pytest.raises(SystemExit, match="different masks: no numbers"):
+    noise = np.random.default_rng(0)
+    monkeypatch.setattr(bench_maskcut, "eigsh", lambda m, k, which: (np.ones(k), noise.normal(size=(len(m), k))))
+    with pytest.raises(SystemExit, match="ours and eigsh give different masks: no numbers"):
         bench_maskcut.main(["--smoke"])
 
 
 def test_the_data_benchmark_compares_batches_before_times(capsys, monkeypatch):
+    monkeypatch.setattr("multiprocessing.get_context", lambda kind: SimpleNamespace(Pool=ThreadPool))
     monkeypatch.setattr(bench_data, "drawn_jpegs", functools.cache(bench_data.drawn_jpegs))
     assert bench_data.main(["--smoke"]) == 0
     out = capsys.readouterr().out
-    rows = "read the file: shards; decode; folder; tar; shards, randaugment-n2-m14; shards, evaluation"
+    rows = "read; decode; batches: folder; batches: shards; batches: shards of 256 px, randaugment-n2-m14"
     assert all(f"\n| {row} |" in out for row in rows.split("; "))
-    monkeypatch.setattr(bench_data, "drawing_from", None)  # not reached
-    right = shards.TarSource.open
-    monkeypatch.setattr(shards.TarSource, "open", lambda self, index: right(self, (index + 1) % len(self)))
-    with pytest.raises(SystemExit, match="tar and folder give different batches: no numbers"):
+    monkeypatch.setattr(bench_data, "stages", None)  # not reached
+    right = shards.ShardSource.open
+    monkeypatch.setattr(shards.ShardSource, "open", lambda self, index: right(self, (index + 1) % len(self)))
+    with pytest.raises(SystemExit, match="folder and shards give different batches: no numbers"):
         bench_data.main(["--smoke"])
