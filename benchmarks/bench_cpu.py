@@ -13,9 +13,8 @@ import argparse
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-from harness import RESULTS, Ceilings, Run, Timer, earlier_rows, interleaved, write_results
+from harness import Ceilings, Run, add_options, earlier_rows, interleaved, open_run, write_results
 
 import torch
 from bench_model import CRATES
@@ -24,10 +23,9 @@ from measuring import measure_peers
 from model_problem import COMPILED, INFERENCE, ONNX, OURS, RELEASED, TRAINING, VIT, Size, make_problem, peers
 
 from crate_fast.cpu_ops import onednn_product
-from crate_fast.env import provenance
 
-SIZES = {name: CRATES[name] for name in ("T/16", "S/8", "B/16", "α-B/16")}
-SMOKE = {"smoke": Size(64, 2, 2, 16, on_gpu=2, on_cpu=2, image=64)}
+SIZES = {name: replace(CRATES[name], batch=4 if name == "S/8" else 8) for name in ("T/16", "S/8", "B/16", "α-B/16")}
+SMOKE = {"smoke": Size(64, 2, 2, 16, batch=2, image=64)}
 SMOKE |= {"smoke α": replace(SMOKE["smoke"], alpha=True)}
 PEERS = [name + suffix for suffix in ("", COMPILED) for name in (OURS, RELEASED, VIT)]
 CASES = {"training": (TRAINING, 0), "inference": (INFERENCE, 0), "one image": (INFERENCE, 1)}  # 0: the size's batch
@@ -46,7 +44,7 @@ def measure(run: Run, sizes: dict[str, Size], cases: list[str]) -> list[dict]:
     for name, size in sizes.items():
         for what, batch in (CASES[case] for case in cases):
             best = max(best, product_rate(run.dtype))
-            problem = make_problem(name, replace(size, on_cpu=batch or size.on_cpu), what, run, {})
+            problem = make_problem(name, replace(size, batch=batch or size.batch), what, run, {})
             names = [*PEERS, *[ONNX] * (what == INFERENCE and run.dtype == torch.float32)]
             found = measure_peers(problem, peers(problem, names, run), run)
             for row in found:
@@ -80,20 +78,16 @@ def measure(run: Run, sizes: dict[str, Size], cases: list[str]) -> list[dict]:
 def main(argv: list[str] | None = None) -> int:
     """Measure and write benchmarks/results/cpu.{json,md}, or cpu_bfloat16.{json,md}."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, as a test; writes nothing")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default all")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    add_options(parser)
     options = parser.parse_args(argv)
-    cpu, dtype, facts = torch.device("cpu"), getattr(torch, options.dtype), provenance()
-    run = Run(cpu, dtype, options.smoke, 1 if options.smoke else options.rounds, options.output, facts, Timer(cpu))
-    file = "cpu" if dtype == torch.float32 else f"cpu_{options.dtype}"
+    run = open_run(options, torch.device("cpu"))
+    file = "cpu" if run.dtype == torch.float32 else f"cpu_{options.dtype}"
     run.ceilings = Ceilings(math.inf, math.inf)  # floors use the best rate of the whole run
     rows = measure(run, SMOKE if options.smoke else {name: SIZES[name] for name in options.models}, options.cases)
     if not options.smoke:  # keep rows of earlier runs on this machine
-        keys, same = ("model", "what", "batch", "peer"), {key: facts[key] for key in ("device", "torch")}
+        keys, same = ("model", "what", "batch", "peer"), {key: run.facts[key] for key in ("device", "torch")}
         rows += earlier_rows(options.output / f"{file}.json", rows, keys, same)
         order = [*SIZES, TRAINING, INFERENCE]
         rows.sort(key=lambda row: (order.index(row["model"]), order.index(row["what"]), -row["batch"]))

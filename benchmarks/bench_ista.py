@@ -1,21 +1,20 @@
 """The ISTA step y = relu(x + xG − ηλ), G = η(D − DᵀD), forward and backward, alone and after a LayerNorm.
 
-    python benchmarks/bench_ista.py                       # every shape; --smoke: a tiny one in Triton's interpreter
-    python benchmarks/bench_ista.py --autocast            # fp32 tensors, products under autocast
+    python benchmarks/bench_ista.py                       # every shape; --smoke: a tiny one
 
-Without a GPU the CPU path is measured in fp32 at smaller sizes, in about two minutes.
+Without a GPU the CPU path is measured in fp32 at smaller sizes, in about two minutes; in a smoke run under
+TRITON_INTERPRET=1 the kernels.
 
-Every call folds G from D, as a training step does, and computes the gradients of x and D (and of γ and β);
-"inference" is one forward with G kept. Ours is checked on the same tensors first: output and gradients against the
-float64 reference by the tests' rule, and equal bits in a second run. A wrong peer has no times, but rows with the
-reason; if it is ours, the exit status is 1. Compiled peers run in mode "max-autotune-no-cudagraphs". Nominal FLOPs
-of every peer are those of the form with one product: 2·M·C² + 2·C³ forward, 4·M·C² + 2·C³ backward.
+Every call folds G from D, as a training step does, and computes the gradients of x and D (and of γ and β). Ours is
+checked on the same tensors first: output and gradients against the float64 reference by the tests' rule, and equal
+bits in a second run. A wrong peer has no times, but rows with the reason; if it is ours, the exit status is 1.
+Compiled peers run in mode "max-autotune-no-cudagraphs". Nominal FLOPs of every peer are those of the form with one
+product: 2·M·C² + 2·C³ forward, 4·M·C² + 2·C³ backward.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from harness import Run, run_shapes
@@ -23,9 +22,9 @@ from harness import Run, run_shapes
 import torch
 import torch.nn.functional as F
 from measuring import Cost, Peer, Problem, measure_peers
-from torch import Tensor, nn
+from torch import Tensor
 
-from crate_fast.functional import cached_dictionaries, ista, norm_ista
+from crate_fast.functional import ista, norm_ista
 from crate_fast.reference import ista_reference
 
 STEP_SIZE, SPARSITY = 0.1, 0.1
@@ -73,15 +72,13 @@ def _fold(dictionary: Tensor) -> Tensor:
     return STEP_SIZE * (dictionary - dictionary.t() @ dictionary)
 
 
-def _apply(x: Tensor, folded: Tensor) -> Tensor:
-    return F.relu(x + x @ folded - SHIFT)
+def _one_product(x: Tensor, dictionary: Tensor) -> Tensor:
+    return F.relu(x + x @ _fold(dictionary) - SHIFT)
 
 
-def _apply_added(x: Tensor, folded: Tensor) -> Tensor:
-    """Add the residual inside cuBLAS's product, unless their dtypes differ."""
-    if torch.is_autocast_enabled(x.device.type):
-        return _apply(x, folded)
-    return F.relu(torch.addmm(x, x, folded) - SHIFT)
+def _one_product_added(x: Tensor, dictionary: Tensor) -> Tensor:
+    """Add the residual inside cuBLAS's product."""
+    return F.relu(torch.addmm(x, x, _fold(dictionary)) - SHIFT)
 
 
 def _compiled(function: Callable) -> Callable:
@@ -94,43 +91,35 @@ def _ours(operator: str, backend: str) -> Callable:
     return partial(function, step_size=STEP_SIZE, sparsity=SPARSITY, backend=backend)
 
 
-def peers(operator: str, backend: str = "triton", dictionary: Tensor | None = None) -> list[Peer]:
-    """Return ours and the forms with three products and with one, eager and compiled. Each folds G itself.
-
-    With a dictionary, return the peers of a forward with G kept by `cached_dictionaries` (ours) or given (others).
-    """
-    folded = None if dictionary is None else _fold(dictionary.detach().float()).to(dictionary.dtype)
-    fold = _fold if dictionary is None else lambda _: folded
-    compiled = _with_norm(lambda x, d: _apply(x, fold(d)), operator)
-    eager = _with_norm(lambda x, d: _apply_added(x, fold(d)), operator)
-    released = _with_norm(_released, operator)
-    found = [
-        Peer("ours", partial(_ours, operator, backend), ours=True),
+def peers(operator: str, backend: str = "triton") -> list[Peer]:
+    """Return ours and the forms with three products and with one, eager and compiled. Each folds G itself."""
+    forms = _one_product, _one_product_added, _released
+    one, added, released = (_with_norm(function, operator) for function in forms)
+    return [
+        Peer("ours", partial(_ours, operator, backend)),
         Peer("three products, compiled", partial(_compiled, released), compiles=True),
-        Peer("one product, compiled", partial(_compiled, compiled), compiles=True),
-        Peer("one product, PyTorch's", lambda: eager, smoke=True),
-        Peer("three products, as released", lambda: released, smoke=True),
+        Peer("one product, compiled", partial(_compiled, one), compiles=True),
+        Peer("one product, PyTorch's", lambda: added),
+        Peer("three products, as released", lambda: released),
     ]
-    return found if dictionary is None else found[:1] + found[2:]
 
 
 # --- the problem --------------------------------------------------------------------------------------------------
 
 
-def make_problem(name: str, shape: Shape, operator: str, run: Run, autocast: bool) -> Problem:
+def make_problem(name: str, shape: Shape, operator: str, run: Run) -> Problem:
     """Draw tokens like a LayerNorm's output (norm_ista: its input), and a dictionary with columns of norm about 1.
 
     The output's gradient is zero where the float64 argument of the ReLU is within a few roundings of zero: there the
     result depends on rounding in every implementation.
     """
     generator = torch.Generator(run.device).manual_seed(0)
-    stored = torch.float32 if autocast else run.dtype
 
     def random(*sizes: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
         numbers = torch.randn(sizes, generator=generator, device=run.device) * std + mean
-        return numbers.to(stored).requires_grad_()
+        return numbers.to(run.dtype).requires_grad_()
 
-    dictionary = nn.Parameter(random(shape.width, shape.width, std=shape.width**-0.5))  # only a parameter's G is kept
+    dictionary = random(shape.width, shape.width, std=shape.width**-0.5)
     if operator == "ista":
         inputs = (random(shape.rows, shape.width), dictionary)
     else:
@@ -145,12 +134,10 @@ def make_problem(name: str, shape: Shape, operator: str, run: Run, autocast: boo
         "operator": operator,
         "rows": shape.rows,
         "width": shape.width,
-        "dtype": ("autocast " if autocast else "") + str(run.dtype).removeprefix("torch."),
+        "dtype": str(run.dtype).removeprefix("torch."),
     }
-    return Problem(
-        f"{name} {operator}", fields, inputs, grad, _cost(shape, inputs), _with_norm(_released, operator),
-        "y dx dD" if operator == "ista" else "y dx dγ dβ dD", autocast=run.dtype if autocast else None,
-    )  # fmt: skip
+    names, reference = "y dx dD" if operator == "ista" else "y dx dγ dβ dD", _with_norm(_released, operator)
+    return Problem(f"{name} {operator}", fields, inputs, grad, _cost(shape, inputs), reference, names)
 
 
 def _cost(shape: Shape, inputs: tuple[Tensor, ...]) -> dict[str, Cost]:
@@ -158,35 +145,21 @@ def _cost(shape: Shape, inputs: tuple[Tensor, ...]) -> dict[str, Cost]:
     x, dictionary = inputs[0], inputs[-1]
     product, fold = 2.0 * shape.rows * shape.width**2, 2.0 * shape.width**3
     tokens, square = x.numel() * x.element_size(), dictionary.numel() * dictionary.element_size()
-    forward = Cost(product + fold, 2 * tokens + square)
-    backward = Cost(2 * product + fold, 4 * tokens + 2 * square)
-    return {"forward": forward, "backward": backward, "forward + backward": forward + backward}
+    forward, backward = Cost(product + fold, 2 * tokens + square), Cost(2 * product + fold, 4 * tokens + 2 * square)
+    return {"forward": forward, "backward": backward}
 
 
-def _inference(problem: Problem) -> Problem:
-    """Return the problem of the forward pass alone, with G kept."""
-    forward = problem.cost["forward"]
-    fold = 2.0 * problem.inputs[-1].shape[0] ** 3
-    return replace(problem, cost={"inference": Cost(forward.flops - fold, forward.moved_bytes)}, training=False)
-
-
-def measure(name: str, shape: Shape, run: Run, options: argparse.Namespace) -> list[dict]:
-    """Measure the training and inference rows of one shape, for both operators."""
-    backend, rows = "triton" if run.smoke or run.timer.on_gpu else "auto", []
+def measure(name: str, shape: Shape, run: Run) -> list[dict]:
+    """Measure one shape, for both operators."""
+    backend, rows = "triton" if run.runs_kernels else "auto", []
     for operator in OPERATORS:
-        problem = make_problem(name, shape, operator, run, options.autocast)
-        rows += measure_peers(problem, peers(operator, backend), run)
-        with torch.no_grad(), cached_dictionaries():
-            rows += measure_peers(_inference(problem), peers(operator, backend, problem.inputs[-1]), run)
+        rows += measure_peers(make_problem(name, shape, operator, run), peers(operator, backend), run)
     return rows
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure every shape and write benchmarks/results/ista.{json,md} or ista_cpu; return 1 if a row is red."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--autocast", action="store_true", help="fp32 x and D, products in --dtype under autocast")
-    stem = lambda options: "ista_autocast" if options.autocast else "ista"  # noqa: E731
-    return run_shapes(parser, argv, __file__, (SHAPES, CPU_SHAPES, SMOKE), measure, stem)
+    return run_shapes("ista", (SHAPES, CPU_SHAPES, SMOKE), measure, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Whole models: a training step and inference of CRATE, a training step of CRATE-MAE, and growth with N.
+"""Whole models on a GPU: a training step and inference of CRATE, a training step of CRATE-MAE, and growth with N.
 
-    python benchmarks/bench_model.py                      # all on a GPU, bf16 autocast; CRATE-T/16 on a CPU, fp32
-    python benchmarks/bench_model.py --models B/16 B/8    # only these; autoencoders are CRATE-MAE-T, …
-    python benchmarks/bench_model.py --growth             # CRATE-B on one image of 197 to 16,385 tokens
+    python benchmarks/bench_model.py                      # all, in bf16 autocast; bench_cpu.py measures a CPU
+    python benchmarks/bench_model.py --models B/16 "N = 785"     # only these
     python benchmarks/bench_model.py --smoke              # everything with tiny models, also on a CPU; writes nothing
 
 Peers have the same images and, except the ViT, the same weights: the released form and ours, each eager and compiled,
@@ -22,60 +21,50 @@ import harness
 from harness import Run
 
 from measuring import measure_peers
-from model_problem import (
-    COMPILED,
-    INFERENCE,
-    OURS,
-    RELEASED,
-    TRAINING,
-    VISIBLE,
-    VIT,
-    Size,
-    make_problem,
-    peers,
-)
+from model_problem import COMPILED, INFERENCE, OURS, RELEASED, TRAINING, VISIBLE, VIT, Size, make_problem, peers
 
 CRATES = {  # models with goals first, in case the run is interrupted
-    "B/16": Size(768, 12, 12, 16, on_gpu=256, on_cpu=8),
-    "B/8": Size(768, 12, 12, 8, on_gpu=64, on_cpu=4),
-    "S/8": Size(384, 12, 6, 8, on_gpu=64, on_cpu=4),  # the emergence paper's
-    "T/16": Size(384, 12, 6, 16, on_gpu=256, on_cpu=8),
-    "S/16": Size(576, 12, 12, 16, on_gpu=256, on_cpu=8),
-    "L/16": Size(1024, 24, 16, 16, on_gpu=128, on_cpu=2),
-    "α-B/16": Size(768, 12, 12, 16, on_gpu=128, on_cpu=8, alpha=True),
+    "B/16": Size(768, 12, 12, 16, batch=256),
+    "B/8": Size(768, 12, 12, 8, batch=64),
+    "S/8": Size(384, 12, 6, 8, batch=64),  # the emergence paper's
+    "T/16": Size(384, 12, 6, 16, batch=256),
+    "S/16": Size(576, 12, 12, 16, batch=256),
+    "L/16": Size(1024, 24, 16, 16, batch=128),
+    "α-B/16": Size(768, 12, 12, 16, batch=128, alpha=True),
 }
 MAES = {
-    "CRATE-MAE-T": Size(384, 12, 6, 16, on_gpu=256, on_cpu=8, masked=True),
-    "CRATE-MAE-S": Size(576, 12, 12, 16, on_gpu=256, on_cpu=4, masked=True),
-    "CRATE-MAE-B": Size(768, 12, 12, 16, on_gpu=256, on_cpu=4, masked=True),
-    "CRATE-MAE-L": Size(1024, 24, 16, 16, on_gpu=128, on_cpu=2, masked=True),
+    "CRATE-MAE-T": Size(384, 12, 6, 16, batch=256, masked=True),
+    "CRATE-MAE-S": Size(576, 12, 12, 16, batch=256, masked=True),
+    "CRATE-MAE-B": Size(768, 12, 12, 16, batch=256, masked=True),
+    "CRATE-MAE-L": Size(1024, 24, 16, 16, batch=128, masked=True),
 }
 GROWTH = {  # CRATE-B on one image
-    "N = 197": Size(768, 12, 12, 16, 1, 1),
-    "N = 785": Size(768, 12, 12, 8, 1, 1),
-    "N = 3601": Size(768, 12, 12, 8, 1, 1, image=480),
-    "N = 16385": Size(768, 12, 12, 8, 1, 1, image=1024),
+    "N = 197": Size(768, 12, 12, 16, batch=1),
+    "N = 785": Size(768, 12, 12, 8, batch=1),
+    "N = 3601": Size(768, 12, 12, 8, batch=1, image=480),
+    "N = 16385": Size(768, 12, 12, 8, batch=1, image=1024),
 }
-ON_A_CPU = ("T/16",)
-GROWTH_ON_A_CPU = ("N = 197", "N = 785", "N = 3601")
-_TINY = Size(32, 1, 2, 16, on_gpu=2, on_cpu=2, image=64, classes=10)
-SMOKE_CRATES, SMOKE_MAES = {"tiny": _TINY}, {"tiny MAE": replace(_TINY, masked=True)}
-SMOKE_GROWTH = {"N = 17": _TINY}
+_TINY = Size(32, 1, 2, 16, batch=2, image=64, classes=10)
+# by table of results
+MODELS = {"crate": CRATES, "model": MAES, "growth": GROWTH}
+SMOKE = {"crate": {"tiny": _TINY}, "model": {"tiny MAE": replace(_TINY, masked=True)}, "growth": {"N = 17": _TINY}}
+PASSES = {"crate": (TRAINING, INFERENCE), "model": (TRAINING,), "growth": (TRAINING, INFERENCE)}
+PEERS = {  # the first is ours
+    "crate": [OURS, RELEASED, OURS + COMPILED, VIT + COMPILED, RELEASED + COMPILED],
+    "model": [OURS, RELEASED, VISIBLE],
+    "growth": [OURS, RELEASED],
+}
 
-CRATE_PEERS = [OURS, RELEASED, OURS + COMPILED, VIT + COMPILED, RELEASED + COMPILED]
-MAE_PEERS = [OURS, RELEASED, VISIBLE]
-GROWTH_PEERS = [OURS, RELEASED]
 
+def measure(table: str, sizes: dict[str, Size], run: Run) -> bool:
+    """Measure the models of one table of results; return True unless a row is red.
 
-def measure(file: str, sizes: dict[str, Size], passes: tuple[str, ...], names: list[str], run: Run) -> bool:
-    """Measure the models and passes of one file of results; return True unless a row is red.
-
-    The first peer is ours. The rows are written after each pass.
+    The rows are written after each pass.
     """
-    run.rows = []
+    run.rows, file = [], f"{table}_gpu"
     for model, size in sizes.items():
-        for what in passes:
-            run.rows += measure_one(model, size, what, names, run)
+        for what in PASSES[table]:
+            run.rows += measure_one(model, size, what, PEERS[table], run)
             run.timer.free_memory()
             run.report(file, quiet=True)  # in case the run is interrupted
     run.report(file)
@@ -99,38 +88,24 @@ def measure_one(model: str, size: Size, what: str, names: list[str], run: Run) -
     return rows
 
 
-def _parts(options: argparse.Namespace, on_gpu: bool) -> list[tuple]:
-    """Return file, models, passes and peers for each call of `measure`."""
-    crates, maes, growth = CRATES, MAES, {}
-    if options.smoke:
-        crates, maes, growth = SMOKE_CRATES, SMOKE_MAES, SMOKE_GROWTH
-    elif options.growth:
-        crates, maes = {}, {}
-        growth = {name: GROWTH[name] for name in (GROWTH if on_gpu else GROWTH_ON_A_CPU)}
-    elif chosen := options.models or ([] if on_gpu else ON_A_CPU):
-        crates, maes = ({name: size for name, size in table.items() if name in chosen} for table in (CRATES, MAES))
-    both, kind = (TRAINING, INFERENCE), "gpu" if on_gpu else "cpu"
-    parts = [
-        (f"crate_{kind}", crates, both, CRATE_PEERS),
-        (f"model_{kind}", maes, (TRAINING,), MAE_PEERS),
-        (f"growth_{kind}", growth, both, GROWTH_PEERS),
-    ]
-    return [part for part in parts if part[1]]
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Measure and write benchmarks/results/{crate,model,growth}_{cpu,gpu}.{json,md}; return 1 if a row is red."""
+    """Measure and write benchmarks/results/{crate,model,growth}_gpu.{json,md}; return 1 if a row is red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=[*CRATES, *MAES], help="default: all; T/16 on a CPU")
-    parser.add_argument("--growth", action="store_true", help="growth with N instead of the models")
-    harness.add_options(parser, "of products, under autocast unless float32; bfloat16, float32 on a CPU")
+    parser.add_argument("--models", nargs="+", choices=[*CRATES, *MAES, *GROWTH], help="default: all")
+    harness.add_options(parser)
     options = parser.parse_args(argv)
-    if options.models and options.growth:
-        parser.error("--growth has its own models: leave --models out")
-    run = harness.open_run(options, on_cpu=True)
+    run = harness.open_run(options)
+    if not (run.timer.on_gpu or run.smoke):
+        raise SystemExit(
+            "PyTorch finds no GPU: benchmarks/bench_cpu.py measures a CPU, --smoke tests with tiny models"
+        )
     run.measure_ceilings()
-    right = [measure(*part, run) for part in _parts(options, run.timer.on_gpu)]
-    return int(not all(right))
+    right = True
+    for table, sizes in (SMOKE if run.smoke else MODELS).items():
+        chosen = sizes.keys() if run.smoke or not options.models else sizes.keys() & set(options.models)
+        sizes = {name: size for name, size in sizes.items() if name in chosen}
+        right &= not sizes or measure(table, sizes, run)
+    return int(not right)
 
 
 if __name__ == "__main__":

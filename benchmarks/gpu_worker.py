@@ -2,7 +2,6 @@
 
     python benchmarks/gpu_worker.py environment --rows FILE --into FILE     # items, versions, ceilings
     python benchmarks/gpu_worker.py items --mode time --items FILE --rows FILE --until 1700000000
-    python benchmarks/gpu_worker.py kernels                       # six launches, for ncu
 
 A worker marks the "begin" and "end" of each item, so that the rows show the item in which it ended. As a pytest
 plugin (`-p gpu_worker`) this module writes a row for each test. Heavy modules are imported where they are used, so
@@ -16,6 +15,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 REHEARSED = bool(os.environ.get("GPU_CHECK_REHEARSE"))
@@ -25,12 +25,7 @@ ATTENTION = ["tiny"] if REHEARSED else ["B16", "S16", "B8", "S8", "B8-480"]
 ISTA = ["tiny"] if REHEARSED else ["B16", "B8"]
 COMPILED_FIRST = ["FlexAttention", "three products, compiled", "one product, compiled"]
 COMPILED_FIRST += ["torch.compile of the eager form"]
-WHOLE_MODELS = ("model", "profile")  # kinds of items of whole models
 PROFILED = 30  # rows in a profile's table
-COUNTED = (
-    *("attention_forward", "attention_backward", "whole_head_forward"),
-    *("whole_head_backward", "ista_forward", "weight_gradient"),
-)
 
 
 class Rows:
@@ -135,7 +130,7 @@ def _operator_items() -> tuple[list[dict], list[dict]]:
     for operator in bench_ista.OPERATORS:
         cases += [("ista", shape, operator, bench_ista.peers(operator)) for shape in ISTA]
     for kind, shape, operator, peers in cases:
-        peers = [peer for peer in peers if not REHEARSED or peer.smoke or peer.ours]
+        peers = [peer for peer in peers if not (REHEARSED and peer.compiles)]
         item = {"kind": kind, "shape": shape, "operator": operator}
         label = " ".join(filter(None, (kind, shape, operator)))
         plain.append(item | {"name": label, "peers": [peer.name for peer in peers if not peer.compiles]})
@@ -161,7 +156,7 @@ def _probe_items() -> tuple[list[dict]]:
 
 def _model_items() -> tuple[list[dict], list[dict]]:
     """List training steps of CRATE-B/16 and B/8; then inference, growth, autoencoders and other models."""
-    from bench_model import CRATE_PEERS, GROWTH, GROWTH_PEERS, MAE_PEERS
+    from bench_model import GROWTH, PEERS
     from model_problem import COMPILED, INFERENCE, OURS, RELEASED, TRAINING, VIT
 
     def item(table: str, model: str, what: str, peers: list[str]) -> dict:
@@ -174,15 +169,15 @@ def _model_items() -> tuple[list[dict], list[dict]]:
             [item("crate", "tiny", TRAINING, [OURS, RELEASED]), profiled | {"shape": "tiny"}],
             [item("growth", "N = 17", INFERENCE, [OURS]), item("model", "tiny MAE", TRAINING, [OURS])],
         )
-    plain = [name for name in CRATE_PEERS if not name.endswith(COMPILED)]
-    compiled = [name for name in CRATE_PEERS if name.endswith(COMPILED)]
+    plain = [name for name in PEERS["crate"] if not name.endswith(COMPILED)]
+    compiled = [name for name in PEERS["crate"] if name.endswith(COMPILED)]
     compiled.sort(key=lambda name: not name.startswith(VIT))  # the peer of the goal first
     beside = [item("crate", "B/16", TRAINING, [OURS, name]) for name in compiled]
     models = [item("crate", "B/16", TRAINING, plain), *beside[:1], item("crate", "B/8", TRAINING, plain), profiled]
     models += beside[1:]
     more = [item("crate", "B/16", INFERENCE, plain)]
-    more += [item("growth", n, what, GROWTH_PEERS) for what in (INFERENCE, TRAINING) for n in GROWTH]
-    more += [item("model", "CRATE-MAE-B", TRAINING, MAE_PEERS)]
+    more += [item("growth", n, what, PEERS["growth"]) for what in (INFERENCE, TRAINING) for n in GROWTH]
+    more += [item("model", "CRATE-MAE-B", TRAINING, PEERS["model"])]
     more += [item("crate", model, TRAINING, plain) for model in ("α-B/16", "S/8", "T/16", "L/16")]
     return models, more
 
@@ -190,12 +185,11 @@ def _model_items() -> tuple[list[dict], list[dict]]:
 # --- items --------------------------------------------------------------------------------------------------------
 
 
-def _open_run(on_cpu: bool = False):
+def _open_run():
     """Open a `harness.Run` with few rounds and short measurements."""
     import harness
 
-    options = argparse.Namespace(smoke=REHEARSED, dtype=None, rounds=ROUNDS, output=Path("."))
-    run = harness.open_run(options, on_cpu=on_cpu)
+    run = harness.open_run(argparse.Namespace(smoke=REHEARSED, dtype=None, rounds=ROUNDS, output=Path(".")))
     run.rounds, run.timer.measurement_ms = ROUNDS, MEASUREMENT_MS
     return run
 
@@ -203,36 +197,32 @@ def _open_run(on_cpu: bool = False):
 def _model_size(table: str, name: str):
     import bench_model
 
-    if REHEARSED:
-        tables = bench_model.SMOKE_CRATES, bench_model.SMOKE_MAES, bench_model.SMOKE_GROWTH
-    else:
-        tables = bench_model.CRATES, bench_model.MAES, bench_model.GROWTH
-    return dict(zip(("crate", "model", "growth"), tables, strict=True))[table][name]
+    return (bench_model.SMOKE if REHEARSED else bench_model.MODELS)[table][name]
 
 
 class Worker:
-    """Mode ("warm" or "time"), rows and runs of a worker; runs measure their ceilings at first use.
+    """Mode ("warm" or "time"), rows and run of a worker; the run opens and measures its ceilings at first use.
 
     The method of an item's kind does the item. It writes rows or raises an exception.
     """
 
     def __init__(self, mode: str, rows: Rows):
-        self.mode, self.rows, self.runs = mode, rows, {}
+        self.mode, self.rows = mode, rows
 
-    def run(self, on_cpu: bool = False):
-        """Return the benchmark's run; with `on_cpu` that of whole models, which a rehearsal runs in fp32 on a CPU."""
-        if on_cpu not in self.runs:
-            run = _open_run(on_cpu)
-            if self.mode == "time":
-                run.measure_ceilings()
-            self.runs[on_cpu] = run
-        return self.runs[on_cpu]
+    @cached_property
+    def run(self):
+        """The benchmarks' run."""
+        run = _open_run()
+        if self.mode == "time":
+            run.measure_ceilings()
+        return run
 
     def alive(self) -> bool:
         """Return False if the GPU no longer responds to this process."""
+        if "run" not in vars(self):  # it does not open; each item has the error in its row
+            return True
         try:
-            for run in self.runs.values():
-                run.timer.synchronize()
+            self.run.timer.synchronize()
         except Exception:  # any error of the driver; another process continues
             return False
         return True
@@ -242,7 +232,7 @@ class Worker:
         import bench_mssa
 
         shapes = bench_mssa.SMOKE if REHEARSED else bench_mssa.SHAPES
-        problem = bench_mssa.make_problem(item["shape"], shapes[item["shape"]], self.run())
+        problem = bench_mssa.make_problem(item["shape"], shapes[item["shape"]], self.run)
         self._operator(item, problem, bench_mssa.PEERS)
 
     def ista(self, item: dict) -> None:
@@ -250,7 +240,7 @@ class Worker:
         import bench_ista
 
         shape = (bench_ista.SMOKE if REHEARSED else bench_ista.SHAPES)[item["shape"]]
-        problem = bench_ista.make_problem(item["shape"], shape, item["operator"], self.run(), autocast=False)
+        problem = bench_ista.make_problem(item["shape"], shape, item["operator"], self.run)
         self._operator(item, problem, bench_ista.peers(item["operator"]))
 
     def _operator(self, item: dict, problem, peers: list) -> None:
@@ -258,17 +248,15 @@ class Worker:
 
         peers = [peer for peer in peers if peer.name in item["peers"]]
         if self.mode == "time":
-            self.rows.measured(item["name"], item["kind"], measure_peers(problem, peers, self.run()))
+            self.rows.measured(item["name"], item["kind"], measure_peers(problem, peers, self.run))
             return
         for peer in peers:
-            if peer.quadratic and problem.logits_bytes > 2**30:
-                continue  # other processes also need memory
             try:
                 problem.results(peer.build())
-                self.run().timer.synchronize()
+                self.run.timer.synchronize()
             except Exception as error:
                 self.rows.fail(f"{item['name']}, {peer.name}", error, red=peer.ours)
-                self.run().timer.synchronize()
+                self.run.timer.synchronize()
 
     def tile(self, item: dict) -> None:
         """Compile or time a candidate of the tile search."""
@@ -276,9 +264,9 @@ class Worker:
 
         kept = {key: item[key] for key in ("kernel", "architecture", "precision", "block_d", "tile", "present")}
         try:
-            found = tile_search.warm(item) if self.mode == "warm" else tile_search.time_tile(item, self.run().timer)
+            found = tile_search.warm(item) if self.mode == "warm" else tile_search.time_tile(item, self.run.timer)
         except Exception as error:  # it does not compile, does not fit, or is wrong
-            self.run().timer.synchronize()
+            self.run.timer.synchronize()
             self.rows.fail(item["name"], error, red=item["present"], **kept)
         else:
             self.rows.add(item["name"], "ok", **kept, **found)
@@ -287,7 +275,7 @@ class Worker:
         """Compile a probe's kernels; the stage `probes` checks them."""
         from crate_fast.probes import find_probe, run_probe
 
-        status = run_probe(find_probe(item["probe"]), self.run().device, reruns=0)["status"]
+        status = run_probe(find_probe(item["probe"]), self.run.device, reruns=0)["status"]
         if status != "right":  # this process may no longer use the GPU
             raise RuntimeError(status)
 
@@ -296,7 +284,7 @@ class Worker:
         import bench_model
         from model_problem import make_problem, peers
 
-        run, size = self.run(on_cpu=True), _model_size(item["table"], item["shape"])
+        run, size = self.run, _model_size(item["table"], item["shape"])
         if self.mode == "warm":
             problem = make_problem(item["shape"], size, item["what"], run, {})
             for peer in peers(problem, item["peers"], run):
@@ -311,7 +299,7 @@ class Worker:
         from model_problem import OURS, TRAINING, make_problem
         from torch.profiler import ProfilerActivity, profile
 
-        run = self.run(on_cpu=True)
+        run = self.run
         problem = make_problem(item["shape"], _model_size("crate", item["shape"]), TRAINING, run, {})
         trial = problem.trial(OURS, problem.cast)
         for _ in range(1 if REHEARSED else 5):
@@ -337,7 +325,7 @@ def work_through(items: list[dict], worker: Worker, until: float, stall_s: float
     import measuring  # noqa: F401
 
     with suppress(Exception):  # the first item has the same error in its row
-        worker.run(items[0]["kind"] in WHOLE_MODELS)
+        worker.run.timer.synchronize()
     for item in items:
         if time.time() >= until:
             return
@@ -349,7 +337,7 @@ def work_through(items: list[dict], worker: Worker, until: float, stall_s: float
             if worker.mode == "warm" and item["kind"] != "tile":  # tiles have their own rows
                 worker.rows.add(f"compiled: {item['name']}", "ok", seconds=round(time.perf_counter() - start, 2))
             if item["kind"] != "tile":  # tensors of tiles are kept
-                worker.run(item["kind"] in WHOLE_MODELS).timer.free_memory()
+                worker.run.timer.free_memory()
         except Exception as error:
             print(f"{item['name']}: {type(error).__name__}: {error}"[:600], file=sys.stderr, flush=True)
             if not worker.alive():
@@ -359,31 +347,10 @@ def work_through(items: list[dict], worker: Worker, until: float, stall_s: float
     faulthandler.cancel_dump_traceback_later()
 
 
-def kernels() -> None:
-    """Launch each counted kernel once, between cudaProfilerStart and -Stop."""
-    import tile_search
-    import torch
-
-    from crate_fast.kernels.launch import find
-
-    for kernel in COUNTED:
-        tile = find(kernel, torch.device("cuda"), "half", 64 if kernel.startswith(("attention", "whole_head")) else 0)
-        if tile is None:
-            continue
-        launches = tile_search.problems(kernel)[0].plan(tile)
-        for launch in launches:
-            launch.run()
-        torch.cuda.synchronize()
-        with torch.cuda.profiler.profile():
-            launches[0].run()
-            torch.cuda.synchronize()
-        tile_search.problems.cache_clear()
-
-
 def main(argv: list[str] | None = None) -> int:
     """Do one job of `gpu_check.py`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=("environment", "items", "kernels"))
+    parser.add_argument("job", choices=("environment", "items"))
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--into", type=Path)
     parser.add_argument("--items", type=Path)
@@ -394,9 +361,6 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     faulthandler.enable()
     os.nice(options.nice)
-    if options.job == "kernels":
-        kernels()
-        return 0
     rows = Rows(options.rows)
     if options.job == "items":
         items = json.loads(options.items.read_text())

@@ -20,8 +20,6 @@ import multiprocessing
 import os
 import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -94,11 +92,10 @@ class Step(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Calls per measurement, number of cache overwrites before each call, and host time of a call."""
+    """Calls per measurement, and number of cache overwrites before each call."""
 
     calls: int
     flushes: int
-    host_us: float
 
 
 class Timer:
@@ -159,13 +156,13 @@ class Timer:
         """
         if not self.on_gpu:
             host_ms = self._wall_ms(step)
-            return Plan(min(MAX_CALLS, math.ceil(self.measurement_ms / host_ms)), 0, host_ms * 1e3)
+            return Plan(min(MAX_CALLS, math.ceil(self.measurement_ms / host_ms)), 0)
         host_ms = statistics.median([self._wall_ms(step) for _ in range(5)][2:])
         flushes = max(1, math.ceil(1.5 * host_ms / self.flush_ms)) if hides_host else 0
         self.synchronize()
         call_ms = statistics.median(self.sample(step, 3, flushes))
         calls = math.ceil(self.measurement_ms / (call_ms + flushes * self.flush_ms))
-        return Plan(min(MAX_CALLS, max(3, calls)), flushes, host_ms * 1e3)
+        return Plan(min(MAX_CALLS, max(3, calls)), flushes)
 
     def peak_mib(self, call: Callable[[], object]) -> float | None:
         """Measure the peak extra GPU memory of a call, with its results; None on a CPU."""
@@ -188,8 +185,8 @@ def in_turn(
     rounds: int,
     hides_host: bool = True,
     attempt: Callable[[object, Callable], object] = lambda _, action: action(),
-) -> dict[object, tuple[Plan, list[float]]]:
-    """Measure steps in turn, so that a slow phase of the machine affects all; return plans and milliseconds of calls.
+) -> dict[object, list[float]]:
+    """Measure steps in turn, so that a slow phase of the machine affects all; return the milliseconds of their calls.
 
     `attempt` runs an action for a key and returns None if it fails or has failed.
     """
@@ -199,7 +196,7 @@ def in_turn(
         for key, step in steps.items():
             if (plan := plans[key]) is not None:
                 samples[key] += attempt(key, partial(timer.sample, step, plan.calls, plan.flushes)) or []
-    return {key: (plans[key], samples[key]) for key in steps}
+    return samples
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
@@ -208,7 +205,7 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dic
         call()  # the first call may take longer
     steps = {name: Step(lambda _, call=call: call()) for name, call in candidates.items()}
     measured = in_turn(Timer(torch.device("cpu")), steps, rounds)
-    return {name: Timing.of([ms / 1e3 for ms in samples]) for name, (_, samples) in measured.items()}
+    return {name: Timing.of([ms / 1e3 for ms in samples]) for name, samples in measured.items()}
 
 
 class Ceilings(NamedTuple):
@@ -225,11 +222,10 @@ class Ceilings(NamedTuple):
 # --- a run --------------------------------------------------------------------------------------------------------
 
 
-def add_options(
-    parser: argparse.ArgumentParser, dtype: str = "of the tensors; bfloat16, or float16 in a smoke run"
-) -> None:
-    """Add the options of every GPU benchmark; `dtype` is the help of --dtype."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every benchmark of operators and models."""
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, also on a CPU; writes nothing")
+    dtype = "of the tensors, or in whole models of autocast; bfloat16, on a CPU float32"
     parser.add_argument("--dtype", choices=DTYPES, help=dtype)
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each call (default 5)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
@@ -248,6 +244,11 @@ class Run:
     timer: Timer = field(repr=False)
     ceilings: Ceilings | None = None
     rows: list[dict] = field(default_factory=list)
+
+    @property
+    def runs_kernels(self) -> bool:
+        """Triton's kernels run, on a GPU or in its interpreter."""
+        return self.timer.on_gpu or INTERPRETED
 
     def name(self, stem: str) -> str:
         """Return the name of the results, with _cpu without a GPU, and with a dtype that is not the default."""
@@ -288,24 +289,16 @@ class Run:
             print("\n".join(["", text, *(f"written: {path}" for path in paths)]))
 
 
-def open_run(options: argparse.Namespace, on_cpu: bool = False) -> Run:
-    """Find the device and the facts of a run.
-
-    Without a GPU it must be a smoke run, or `on_cpu` (fp32, PyTorch only).
-    """
-    if not (torch.cuda.is_available() or options.smoke or on_cpu):
-        raise SystemExit("a CUDA GPU is needed and PyTorch finds none; --smoke runs tiny shapes on a CPU instead")
-    if torch.cuda.is_available() and INTERPRETED:
-        raise SystemExit("TRITON_INTERPRET is set: unset it to measure the kernels on this GPU")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def open_run(options: argparse.Namespace, device: torch.device | None = None) -> Run:
+    """Find the facts of a run on this device; the default is a GPU if there is one."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if INTERPRETED and (device.type == "cuda" or not options.smoke):
+        raise SystemExit("TRITON_INTERPRET is set: unset it, the interpreter is only for smoke runs on a CPU")
     if options.smoke:
         print("smoke run: tiny shapes, as a test. The times below mean nothing.\n")
-    dtype = options.dtype or (
-        "float32" if on_cpu and device.type == "cpu" else "float16" if options.smoke and not on_cpu else "bfloat16"
-    )
     return Run(
         device=device,
-        dtype=DTYPES[dtype],
+        dtype=DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")],
         smoke=options.smoke,
         rounds=1 if options.smoke else options.rounds,
         output=options.output,
@@ -325,37 +318,32 @@ def _facts(device: torch.device) -> dict[str, object]:
 
 
 def run_shapes(
-    parser: argparse.ArgumentParser,
-    argv: list[str] | None,
-    script: str,
+    stem: str,
     tables: Sequence[dict],
-    measure: Callable[[str, object, Run, argparse.Namespace], list[dict]],
-    stem: Callable[[argparse.Namespace], str],
+    measure: Callable[[str, object, Run], list[dict]],
+    description: str,
+    argv: list[str] | None,
 ) -> int:
     """Measure the shapes of --shapes and write the rows after each; return 1 if a row is red.
 
-    `tables` are the shapes of a GPU, a CPU and a smoke run; `stem` returns the name of the results.
+    `tables` are the shapes of a GPU, a CPU and a smoke run; the results are named `stem`.
     """
     on_gpu, on_cpu, smoke = tables
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = f"{', '.join(on_gpu)}; on a CPU {', '.join(on_cpu)}"
     parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help=f"default: all of {names}")
     add_options(parser)
     options = parser.parse_args(argv)
-    if options.smoke and not (torch.cuda.is_available() or INTERPRETED):
-        # Triton reads the variable when it is imported, which timm has done in this process
-        command = [sys.executable, script, *(sys.argv[1:] if argv is None else argv)]
-        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
-    run = open_run(options, on_cpu=not options.smoke)
+    run = open_run(options)
     shapes = smoke if options.smoke else on_gpu if run.timer.on_gpu else on_cpu
     chosen = shapes if options.smoke else options.shapes or shapes
     for unknown in set(chosen) - set(shapes):
         parser.error(f"--shapes {unknown}: on this device there are {', '.join(shapes)}")
     run.measure_ceilings()
-    name = run.name(stem(options))
     for label in chosen:
-        run.rows += measure(label, shapes[label], run, options)
-        run.report(name, quiet=True)  # in case the run is interrupted
-    run.report(name)
+        run.rows += measure(label, shapes[label], run)
+        run.report(run.name(stem), quiet=True)  # in case the run is interrupted
+    run.report(run.name(stem))
     return int(any(row.get("red") for row in run.rows))
 
 

@@ -4,26 +4,22 @@ A peer that fails or is wrong has rows with the reason. A smoke run does the sam
 and a wall clock.
 """
 
-import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
 from typing import ClassVar
 
-from harness import Plan, Run, Step, Timing, in_turn
+from harness import Run, Step, Timing, in_turn
 
 import torch
 from torch import Tensor
 
 from crate_fast.accuracy import judge
 
-MAX_LOGITS_FRACTION = 0.1  # of the GPU's memory; a peer that writes more logits is left out
-MAX_LOGITS_FRACTION_CPU = 0.5  # of the machine's memory; with more, the system may kill the process
 PEER_TOLERANCE = 0.05  # limit of the relative norm of a peer's difference from float64
 
 
@@ -51,19 +47,21 @@ class Cost:
 class Peer:
     """An implementation to measure."""
 
-    name: str
+    name: str  # begins with "ours" for forms of this package
     build: Callable[[], Callable[..., Tensor]]  # called once per problem, so that each has its own compiled code
-    ours: bool = False  # this package's default, judged by the tests' rule
-    compiles: bool = False  # its first call takes seconds
-    quadratic: bool = False  # it writes all logits to memory
-    smoke: bool = False  # included in a smoke run
+    compiles: bool = False  # its first call takes seconds; not part of a smoke run
+
+    @property
+    def ours(self) -> bool:
+        """A form of this package, which must be right."""
+        return self.name.startswith("ours")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs, the output's gradient, and the cost of each pass.
+    """An operator's inputs, its output's gradient, and the cost of each pass.
 
-    Passes are timed in training mode: forward builds the graph and keeps the activations for backward.
+    Forward builds the graph and keeps the activations for backward, as in training.
     """
 
     hides_host: ClassVar[bool] = True
@@ -72,39 +70,29 @@ class Problem:
     fields: dict[str, object]  # sizes and dtype, for its rows
     inputs: tuple[Tensor, ...]  # leaves of the graph, in the peers' order
     grad: Tensor  # of the output
-    cost: dict[str, Cost]  # by pass
+    cost: dict[str, Cost]  # of "forward" and "backward"
     reference: Callable[..., Tensor]  # eager PyTorch, for `check`
     names: str  # of the output and the gradients, separated by spaces
     part: Callable[[Tensor], Tensor] = lambda tensor: tensor  # selects the checked part of a tensor [B, …]
-    training: bool = True  # else "inference" only, without gradients and check
-    autocast: torch.dtype | None = None  # the forward's dtype under autocast
-    logits_bytes: float = 0.0  # of all logits, written once
 
-    def forward(self, function: Callable[..., Tensor]) -> Tensor:
-        """Apply the function to the inputs, under autocast if the problem has it."""
-        cast = nullcontext() if self.autocast is None else torch.autocast(self.grad.device.type, self.autocast)
-        with cast:
-            return function(*self.inputs)
+    timed: ClassVar[tuple[str, ...]] = ("forward", "backward", "forward + backward")
 
     def results(self, function: Callable[..., Tensor]) -> list[Tensor]:
-        """Return the output and, in training, the gradient of every input."""
-        out = self.forward(function)
-        return [out.detach(), *(torch.autograd.grad(out, self.inputs, self.grad) if self.training else ())]
+        """Return the output and the gradient of every input."""
+        out = function(*self.inputs)
+        return [out.detach(), *torch.autograd.grad(out, self.inputs, self.grad)]
 
     def passes(self, function: Callable[..., Tensor]) -> dict[str, Step]:
         """Return the steps to time."""
-        forward = partial(self.forward, function)
-        if not self.training:
-            return {"inference": Step(lambda _: forward())}
+
+        def forward() -> Tensor:
+            return function(*self.inputs)
 
         def backward(out: Tensor) -> object:
             return torch.autograd.grad(out, self.inputs, self.grad)
 
-        return {
-            "forward": Step(lambda _: forward()),
-            "backward": Step(backward, forward),
-            "forward + backward": Step(lambda _: backward(forward())),
-        }
+        steps = Step(lambda _: forward()), Step(backward, forward), Step(lambda _: backward(forward()))
+        return dict(zip(self.timed, steps, strict=True))
 
     @cached_property
     def expected(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -113,19 +101,17 @@ class Problem:
         grad = self.part(self.grad)
         eager = replace(self, inputs=inputs, grad=grad).results(self.reference)
         exact = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
-        return eager, replace(self, inputs=exact, grad=grad.double(), autocast=None).results(self.reference)
+        return eager, replace(self, inputs=exact, grad=grad.double()).results(self.reference)
 
-    def gate(self, run: "Run") -> None:
-        """Prepare `check`. An error here counts as an error of ours."""
+    def gate(self, run: Run) -> None:
+        """Prepare `check`. An error here counts as an error of the first peer."""
 
-    def check(self, peer: Peer, found: list[Tensor], again: Callable[[], list[Tensor]]) -> float | None:
+    def check(self, peer: Peer, found: list[Tensor], again: Callable[[], list[Tensor]]) -> float:
         """Return the largest difference from float64, as a relative norm.
 
         Raises:
             WrongResult: Ours breaks the tests' rule or has other bits in a second run; a peer is far from float64.
         """
-        if not self.training:
-            return None
         eager, truth = self.expected
         names, parts = self.names.split(), [self.part(tensor.detach()) for tensor in found]
         differences = [relative_difference(part.double(), true) for part, true in zip(parts, truth, strict=True)]
@@ -143,13 +129,13 @@ class Problem:
             raise WrongResult("a second run gave other bits")
         return max(differences)
 
-    def peak_mib(self, peer: Peer, function: Callable[..., Tensor], run: "Run") -> float | None:
+    def peak_mib(self, peer: Peer, function: Callable[..., Tensor], run: Run) -> float | None:
         """Measure the memory of all passes together."""
         return run.timer.peak_mib(lambda: self.results(function))
 
     def cost_of(self, peer: Peer, what: str) -> Cost:
         """Return the cost of a pass, the same for every peer."""
-        return self.cost[what]
+        return self.cost.get(what) or self.cost["forward"] + self.cost["backward"]
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -162,87 +148,6 @@ def error_in_a_line(error: Exception, caught: Sequence[warnings.WarningMessage] 
     return " ".join(text.split())[:600]
 
 
-def too_many_logits(logits_bytes: float, device: torch.device) -> str | None:
-    """Return why logits of this size are left out on a device, or None if they are not."""
-    if device.type == "cuda":
-        owner, limit = "GPU", MAX_LOGITS_FRACTION
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        owner, limit = "machine", MAX_LOGITS_FRACTION_CPU
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if logits_bytes <= limit * memory:
-        return None
-    sizes = f"{logits_bytes / 2**30:.0f} of {memory / 2**30:.0f} GiB"
-    return f"its logits alone take {sizes}, more than {limit:.0%} of the {owner}'s memory"
-
-
-class _Measurement:
-    """The peers of a problem: those that are ready, and the reasons of the others. Red: ours is wrong or failed."""
-
-    def __init__(self, problem: Problem, peers: list[Peer], run: Run):
-        self.problem, self.peers, self.run = problem, peers, run
-        self.ready: dict[str, tuple[Callable, dict]] = {}  # by name: its function, and the facts of its first call
-        self.reasons: dict[str, str] = {}
-        self.red: set[str] = set()
-
-    def leave_out(self, peer: Peer, reason: str) -> None:
-        self.reasons[peer.name] = reason
-        word = "red" if peer.name in self.red else "n/a"
-        print(f"{self.problem.label}, {peer.name}: {word}, {reason}", file=sys.stderr, flush=True)
-
-    def attempt(self, peer: Peer, action: Callable[[], object]) -> object:
-        """Return the action's result, or None if the peer fails, or was left out before.
-
-        Raises:
-            RuntimeError: The GPU no longer responds to this process, which can measure nothing more.
-        """
-        if peer.name in self.reasons:
-            return None
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                return action()
-            except Exception as error:  # a peer may raise any error; its rows have it
-                reason, wrong = error_in_a_line(error, caught), isinstance(error, WrongResult)
-        if peer.ours or (peer.name.startswith("ours") and (wrong or self.run.timer.on_gpu)):
-            self.red.add(peer.name)
-        self.leave_out(peer, reason)
-        self.run.timer.free_memory()  # outside the handler, where the error no longer keeps tensors alive
-        self.run.timer.synchronize()
-        return None
-
-    def start(self) -> None:
-        """Run the problem's gate and every peer's first call."""
-        self.attempt(self.peers[0], partial(self.problem.gate, self.run))
-        for peer in self.peers:
-            if self.run.smoke and not (peer.smoke or peer.ours):
-                self.leave_out(peer, "not part of a smoke run")
-            elif peer.quadratic and (reason := too_many_logits(self.problem.logits_bytes, self.run.device)):
-                self.leave_out(peer, reason)
-            ready = self.attempt(peer, partial(self._first_call, peer))
-            if ready is not None:
-                self.ready[peer.name] = ready
-
-    def _first_call(self, peer: Peer) -> tuple[Callable, dict]:
-        start = time.perf_counter()
-        function = peer.build()
-        results = self.problem.results(function)
-        self.run.timer.synchronize()
-        facts = {"first_call_s": time.perf_counter() - start}
-        facts["error"] = self.problem.check(peer, results, partial(self.problem.results, function))
-        del results
-        return function, facts | {"peak_mib": self.problem.peak_mib(peer, function, self.run)}
-
-    def times(self) -> dict[tuple[str, Peer], tuple[Plan, list[float]]]:
-        """Measure every pass and peer in turn; return the milliseconds of every call."""
-        steps = {}
-        for what, peer in product(self.problem.cost, self.peers):
-            if peer.name in self.ready:
-                steps[what, peer] = self.problem.passes(self.ready[peer.name][0])[what]
-        attempt = lambda key, action: self.attempt(key[1], action)  # noqa: E731
-        return in_turn(self.run.timer, steps, self.run.rounds, self.problem.hides_host, attempt)
-
-
 def measure_peers(problem: Problem, peers: list[Peer], run: Run) -> list[dict]:
     """Measure every pass and peer of a problem; if the first peer is ours, compare the others with it.
 
@@ -251,27 +156,61 @@ def measure_peers(problem: Problem, peers: list[Peer], run: Run) -> list[dict]:
         if a form of ours was wrong or failed.
 
     Raises:
-        RuntimeError: The GPU no longer responds to this process.
+        RuntimeError: The GPU no longer responds to this process, which can measure nothing more.
     """
     torch.compiler.reset()  # code of other problems counts against the limit of recompilations
-    measurement = _Measurement(problem, peers, run)
-    measurement.start()
-    measured, reasons, rows = measurement.times(), measurement.reasons, []
-    compared = peers[0].ours and peers[0].name not in reasons
-    for what, peer in product(problem.cost, peers):
-        cost = problem.cost_of(peer, what)
+    reasons: dict[str, str] = {}  # why a peer has no times
+
+    def attempt(peer: Peer, action: Callable[[], object]) -> object:
+        if peer.name in reasons:
+            return None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                return action()
+            except Exception as error:  # a peer may raise any error; its rows have it
+                reasons[peer.name] = error_in_a_line(error, caught)
+        word = "red" if peer.ours else "n/a"
+        print(f"{problem.label}, {peer.name}: {word}, {reasons[peer.name]}", file=sys.stderr, flush=True)
+        run.timer.free_memory()  # outside the handler, where the error no longer keeps tensors alive
+        run.timer.synchronize()
+        return None
+
+    attempt(peers[0], partial(problem.gate, run))
+    functions, facts, steps = {}, {}, {}
+    for peer in peers:
+        if run.smoke and peer.compiles:
+            reasons[peer.name] = "not part of a smoke run"
+        functions[peer.name], facts[peer.name] = attempt(peer, partial(_first_call, problem, peer, run)) or (None, {})
+    for what, peer in product(problem.timed, peers):
+        if peer.name not in reasons:
+            steps[what, peer] = problem.passes(functions[peer.name])[what]
+    samples = in_turn(run.timer, steps, run.rounds, problem.hides_host, lambda key, action: attempt(key[1], action))
+    rows = []
+    for what, peer in product(problem.timed, peers):
+        cost, reason = problem.cost_of(peer, what), reasons.get(peer.name)
         row = {"problem": problem.label, **problem.fields, "pass": what, "peer": peer.name, "latency_ms": None}
         row |= {"flops": cost.flops, "bytes": cost.moved_bytes}
-        row |= {"floor_ms": run.ceilings.floor_ms(cost.flops, cost.moved_bytes), "reason": None, **run.facts}
-        if peer.name in reasons:
-            rows.append(row | {"reason": reasons[peer.name], "red": peer.name in measurement.red})
+        row |= {"floor_ms": run.ceilings.floor_ms(cost.flops, cost.moved_bytes), "reason": reason, **run.facts}
+        if reason is not None:
+            rows.append(row | {"red": peer.ours})
             continue
-        plan, samples = measured[what, peer]
-        timing = Timing.of(samples)
-        row |= {"latency_ms": timing.median, "low_ms": timing.low, "high_ms": timing.high, "calls": len(samples)}
-        row |= {"host_us": plan.host_us, "tflops_per_s": cost.flops / timing.median / 1e9}
-        row["of_floor"] = row["floor_ms"] / timing.median
-        ours_ms = Timing.of(measured[what, peers[0]][1]).median if compared else None
-        row["ours_faster"] = timing.median / ours_ms if compared else None
-        rows.append(row | measurement.ready[peer.name][1])
+        timing, calls = Timing.of(samples[what, peer]), len(samples[what, peer])
+        row |= {"latency_ms": timing.median, "low_ms": timing.low, "high_ms": timing.high, "calls": calls}
+        row |= {"tflops_per_s": cost.flops / timing.median / 1e9, "of_floor": row["floor_ms"] / timing.median}
+        compared = peers[0].ours and peers[0].name not in reasons
+        row["ours_faster"] = timing.median / Timing.of(samples[what, peers[0]]).median if compared else None
+        rows.append(row | facts[peer.name])
     return rows
+
+
+def _first_call(problem: Problem, peer: Peer, run: Run) -> tuple[Callable, dict]:
+    """Build a peer, call it, check its results and measure its memory; return it and these facts."""
+    start = time.perf_counter()
+    function = peer.build()
+    results = problem.results(function)
+    run.timer.synchronize()
+    facts = {"first_call_s": time.perf_counter() - start}
+    facts["error"] = problem.check(peer, results, partial(problem.results, function))
+    del results
+    return function, facts | {"peak_mib": problem.peak_mib(peer, function, run)}

@@ -22,7 +22,7 @@ from harness import Run, Step, Timer, peak_mib
 
 import torch
 import torch.nn.functional as F
-from measuring import Cost, Peer, WrongResult, relative_difference, too_many_logits
+from measuring import Cost, Peer, WrongResult, relative_difference
 from released import ReleasedCRATE, ReleasedCRATEAlpha, ReleasedCRATEMAE
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -42,7 +42,6 @@ ONNX = "ours, onnxruntime"  # on a CPU: the file of `crate-fast export`
 COMPILED = ", compiled"  # behind a peer's name
 TRAINING, INFERENCE = "training step", "inference"
 MASK_RATIO = 0.75
-CHUNK_LOGITS = 2**30  # of all layers at once in the gate: about 16 GiB in the released form
 
 OUTPUT, GRADIENT, WORST = "output", "gradient", "a parameter's gradient"
 # Rounding that moves a ReLU's argument across zero changes one parameter's gradient by up to a few 1e-3 of its norm.
@@ -55,14 +54,13 @@ SLACK = {OUTPUT: 0.01, GRADIENT: 0.1, WORST: 0.3}
 
 @dataclass(frozen=True)
 class Size:
-    """A model and its batch."""
+    """A model and the images per batch."""
 
     width: int  # C
     depth: int  # layers; an autoencoder has twice as many
     heads: int  # H, each C/H wide
     patch: int  # side in pixels
-    on_gpu: int  # images per batch
-    on_cpu: int
+    batch: int
     image: int = 224
     masked: bool = False  # a CRATE-MAE
     alpha: bool = False  # a CRATE-α
@@ -78,24 +76,10 @@ class Size:
         """N, with CLS."""
         return self.n_patches + 1
 
-    @property
-    def n_layers(self) -> int:
-        """Layers with attention."""
-        return self.depth * (1 + self.masked)
-
-    def batch(self, device: torch.device) -> int:
-        """Return the number of images per batch on this kind of device."""
-        return self.on_gpu if device.type == "cuda" else self.on_cpu
-
-
-def kind_of(peer: str) -> str:
-    """Return the model behind a peer's name, compiled or not."""
-    return peer.removesuffix(COMPILED)
-
 
 def build_model(peer: str, size: Size) -> nn.Module:
     """Build a peer's model, not compiled, with random weights."""
-    kind = kind_of(peer)
+    kind = peer.removesuffix(COMPILED)
     backend = {"backend": "torch"} if kind == UNFUSED else {}
     if size.masked or kind == VIT:
         options = {"img_size": size.image, "patch_size": size.patch, "embed_dim": size.width, "depth": size.depth}
@@ -113,13 +97,13 @@ def build_model(peer: str, size: Size) -> nn.Module:
     return ReleasedCRATE(**options) if kind == RELEASED else CRATE(**options, **backend)
 
 
-def _make_inputs(size: Size, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _make_inputs(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
     """Draw images [B, 3, S, S], and labels [B], or for an autoencoder the noise [B, patches] of the mask."""
     options = {"generator": torch.Generator(device).manual_seed(1), "device": device}
-    images = torch.randn(batch, 3, size.image, size.image, **options)
+    images = torch.randn(size.batch, 3, size.image, size.image, **options)
     if size.masked:
-        return images, torch.rand(batch, size.n_patches, **options)
-    return images, torch.randint(size.classes, (batch,), **options)
+        return images, torch.rand(size.batch, size.n_patches, **options)
+    return images, torch.randint(size.classes, (size.batch,), **options)
 
 
 class Trial:
@@ -129,7 +113,6 @@ class Trial:
         self,
         peer: str,
         size: Size,
-        batch: int,
         device: torch.device,
         what: str,  # TRAINING (forward, loss, backward, optimiser) or INFERENCE (forward)
         cast: torch.dtype | None,  # dtype of autocast
@@ -152,7 +135,7 @@ class Trial:
         self.function = torch.compile(self.model, dynamic=False, backend=compiler) if compiled else self.model
         if peer == ONNX:
             self.function = _exported(self.model)
-        self.inputs, self.optimizer = _make_inputs(size, batch, device), None
+        self.inputs, self.optimizer = _make_inputs(size, device), None
         if what == TRAINING:
             fused = {"fused": True} if device.type == "cuda" else {}
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0, **fused)
@@ -189,28 +172,17 @@ class Trial:
         with self._autocast(images.device):
             return self.function(images)
 
-    def outcome(self, chunk: int) -> dict[str, Tensor]:
-        """Return the whole batch's output, and each parameter's gradient after a training step, by name.
-
-        `chunk` images are computed at once, whose activations must fit.
-        """
-        return {OUTPUT: torch.cat(self._in_chunks(chunk)).float()} | self.gradients()
-
-    def gradients(self) -> dict[str, Tensor]:
-        found = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
-        return dict(unwrap_state_dict(found)) if isinstance(self.model, ReleasedCRATEAlpha) and found else found
-
-    def _in_chunks(self, chunk: int) -> list[Tensor]:
-        outputs, batch = [], len(self.inputs[0])
+    def outcome(self) -> dict[str, Tensor]:
+        """Return the output, and each parameter's gradient after a training step, by name."""
+        if self.optimizer is None:
+            return {OUTPUT: self._infer(*self.inputs).float()}
         self.model.zero_grad(set_to_none=True)
-        for images, targets in zip(*(tensor.split(chunk) for tensor in self.inputs), strict=True):
-            if self.optimizer is None:
-                outputs.append(self._infer(images, targets))
-                continue
-            loss, output = self._forward(images, targets)
-            (loss * (len(images) / batch)).backward()
-            outputs.append(output.detach())
-        return outputs
+        loss, output = self._forward(*self.inputs)
+        loss.backward()
+        found = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        if isinstance(self.model, ReleasedCRATEAlpha):
+            found = dict(unwrap_state_dict(found))
+        return {OUTPUT: output.detach().float()} | found
 
 
 def _exported(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -220,9 +192,9 @@ def _exported(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda images: run(images)["logits"]
 
 
-def fastest_sdpa(size: Size, batch: int, timer: Timer, device: torch.device, dtype: torch.dtype) -> SDPBackend | None:
+def fastest_sdpa(size: Size, timer: Timer, device: torch.device, dtype: torch.dtype) -> SDPBackend | None:
     """Return SDPA's fastest backend on a ViT's tensors, forward and backward, or None if none runs."""
-    shape = (batch, size.n_tokens, 3, size.heads, size.width // size.heads)
+    shape = (size.batch, size.n_tokens, 3, size.heads, size.width // size.heads)
     qkv, times = torch.randn(shape, device=device).to(dtype).requires_grad_(), {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
 
@@ -269,24 +241,24 @@ def _flops(kind: str, size: Size) -> Flops:
     return count_flops(meta_model(kind, size), size.image, MASK_RATIO)
 
 
-def cost(peer: str, size: Size, batch: int, what: str, dtype: torch.dtype) -> Cost:
+def cost(peer: str, size: Size, what: str, dtype: torch.dtype) -> Cost:
     """Count the FLOPs (by `count_flops`, equal for all forms of a model) and bytes of one pass of a batch.
 
     The images are read. Each weight is read in fp32 by forward and by backward, and its gradient is written; AdamW
     reads weight, gradient and two moments and writes all but the gradient. Each layer's output is written and read
     once, in `dtype`; in training it is read once more, and its gradient is written and read.
     """
-    kind = kind_of(peer) if peer.startswith((VIT, VISIBLE)) else OURS
+    kind = peer.removesuffix(COMPILED) if peer.startswith((VIT, VISIBLE)) else OURS
     model = meta_model(kind, size)
     flops = _flops(kind, size)
-    tokens = size.n_layers * size.n_tokens
+    tokens = size.depth * size.n_tokens * (2 if size.masked else 1)  # with the decoder's layers
     if kind == VISIBLE:
         tokens -= size.depth * (size.n_patches - model.kept(MASK_RATIO))
-    images, weights = 4 * batch * 3 * size.image**2, 4 * sum(p.numel() for p in model.parameters())
-    outputs = dtype.itemsize * batch * tokens * size.width
+    images, weights = 4 * size.batch * 3 * size.image**2, 4 * sum(p.numel() for p in model.parameters())
+    outputs = dtype.itemsize * size.batch * tokens * size.width
     if what == TRAINING:
-        return Cost(float(batch * flops.step), float(images + 10 * weights + 5 * outputs))
-    return Cost(float(batch * flops.forward), float(images + weights + 2 * outputs))
+        return Cost(float(size.batch * flops.step), float(images + 10 * weights + 5 * outputs))
+    return Cost(float(size.batch * flops.forward), float(images + weights + 2 * outputs))
 
 
 @dataclass
@@ -297,7 +269,6 @@ class ModelProblem:
 
     label: str  # name in messages
     size: Size
-    batch: int
     what: str  # TRAINING or INFERENCE
     device: torch.device
     cast: torch.dtype | None  # autocast's dtype
@@ -311,24 +282,18 @@ class ModelProblem:
         self.allowed = TIGHT | ({WORST: 0.05} if self.size.masked else {})
 
     @property
-    def cost(self) -> tuple[str]:
+    def timed(self) -> tuple[str]:
         """The passes."""
         return (self.what,)
-
-    @property
-    def logits_bytes(self) -> float:
-        """Bytes of the released form's logits in fp32: three copies for one layer, or for all layers in training."""
-        layers = self.size.n_layers if self.what == TRAINING else 1
-        return 12.0 * layers * self.batch * self.size.heads * self.size.n_tokens**2
 
     def trial(self, peer: str, cast: torch.dtype | None, **options) -> Trial:
         """Make the trial of a peer; all but the ViT share their weights."""
         state = None if peer.startswith(VIT) else self.state
-        return Trial(peer, self.size, self.batch, self.device, self.what, cast, state, **options)
+        return Trial(peer, self.size, self.device, self.what, cast, state, **options)
 
     def results(self, trial: Trial) -> dict[str, Tensor]:
-        """Return output and gradients of the whole batch, computed at once."""
-        return trial.outcome(self.batch)
+        """Return output and gradients of the batch."""
+        return trial.outcome()
 
     def passes(self, trial: Trial) -> dict[str, Step]:
         """Return the step to time."""
@@ -360,26 +325,24 @@ class ModelProblem:
             return run.timer.peak_mib(trial.step)
         if peer.compiles or run.smoke or peer.name == ONNX:
             return None
-        return peak_mib(partial(_fresh_step, peer.name, self.size, self.batch, self.what, self.cast))
+        return peak_mib(partial(_fresh_step, peer.name, self.size, self.what, self.cast))
 
     def cost_of(self, peer: Peer, what: str) -> Cost:
         """Return the cost of a pass."""
-        return cost(peer.name, self.size, self.batch, what, self.cast or torch.float32)
+        return cost(peer.name, self.size, what, self.cast or torch.float32)
 
     # --- the gate -------------------------------------------------------------------------------------------------
 
     def _outcome(self, peer: str, cast: torch.dtype | None, run: Run) -> dict[str, Tensor]:
-        logits = self.size.n_layers * self.size.heads * self.size.n_tokens**2
-        outcome = self.trial(peer, cast).outcome(max(1, min(self.batch, CHUNK_LOGITS // logits)))
+        outcome = self.trial(peer, cast).outcome()
         run.timer.free_memory()
         return outcome
 
     def gate(self, run: Run) -> None:
         """Compute the truth and the allowed differences under autocast; raise WrongResult if ours differs in fp32."""
         reference, truth = RELEASED, None
-        if not (self.device.type == "cpu" and too_many_logits(self.logits_bytes, self.device)):
-            with suppress(torch.OutOfMemoryError):
-                truth = self._outcome(RELEASED, None, run)
+        with suppress(torch.OutOfMemoryError):
+            truth = self._outcome(RELEASED, None, run)
         if truth is None:
             run.timer.free_memory()
             reference, truth = UNFUSED, self._outcome(UNFUSED, None, run)
@@ -391,28 +354,27 @@ class ModelProblem:
         self.judge(OURS, differences(self._outcome(OURS, None, run), self.truth), tight)
 
 
-def _fresh_step(peer: str, size: Size, batch: int, what: str, cast: torch.dtype | None) -> Callable[[], Tensor]:
-    return Trial(peer, size, batch, torch.device("cpu"), what, cast).step
+def _fresh_step(peer: str, size: Size, what: str, cast: torch.dtype | None) -> Callable[[], Tensor]:
+    return Trial(peer, size, torch.device("cpu"), what, cast).step
 
 
 def make_problem(name: str, size: Size, what: str, run: Run, fields: dict[str, object]) -> ModelProblem:
     """Make the problem, with weights from a seed; `fields` are added to its rows."""
-    batch = size.batch(run.device)
     cast = None if run.dtype == torch.float32 else run.dtype
     dtype = str(run.dtype).removeprefix("torch.")
-    sizes = {"model": name, "batch": batch, "n_tokens": size.n_tokens, "width": size.width, "depth": size.depth}
+    sizes = {"model": name, "batch": size.batch, "n_tokens": size.n_tokens, "width": size.width, "depth": size.depth}
     sizes |= {"heads": size.heads, "dtype": dtype if cast is None else f"autocast {dtype}"}
     torch.manual_seed(0)
     with run.device:
         state = build_model(OURS, size).state_dict()  # with an autoencoder's fixed positions, which are parameters
-    return ModelProblem(f"{name}, {what}", size, batch, what, run.device, cast, state, sizes | fields)
+    return ModelProblem(f"{name}, {what}", size, what, run.device, cast, state, sizes | fields)
 
 
 def peers(problem: ModelProblem, names: list[str], run: Run) -> list[Peer]:
     """Make the named peers, in order; the others are compared with the first."""
     sdpa = None
     if any(name.startswith(VIT) for name in names):
-        sdpa = fastest_sdpa(problem.size, problem.batch, run.timer, problem.device, problem.cast or torch.float32)
+        sdpa = fastest_sdpa(problem.size, run.timer, problem.device, problem.cast or torch.float32)
         problem.fields["vit_attention"] = "PyTorch's choice" if sdpa is None else sdpa.name
     return [
         Peer(
@@ -424,10 +386,7 @@ def peers(problem: ModelProblem, names: list[str], run: Run) -> list[Peer]:
                 compiler="eager" if run.smoke else "inductor",
                 sdpa=sdpa if name.startswith(VIT) else None,
             ),
-            compiles=name.endswith(COMPILED),
-            quadratic=name.startswith(RELEASED) and problem.device.type == "cpu",
-            ours=name == OURS,
-            smoke=True,
+            compiles=name.endswith(COMPILED) and not run.smoke,
         )
         for name in names
     ]

@@ -146,8 +146,8 @@ def _checks(results: Path) -> list[str]:
 def take(source: Path, results: Path = RESULTS) -> None:
     """Copy the rows of a GPU check into the results.
 
-    Measured rows replace those of the same problem, pass and peer in their benchmark's file. The other rows, without
-    output, replace those of the same stages in gpu_check.json. `source` is a gpu_check_….tar.gz or a folder of them.
+    Measured rows replace those of the same problem, pass and peer in their benchmark's file. The other rows replace
+    those of the same stages in gpu_check.json. `source` is a gpu_check_….tar.gz or a folder of them.
     """
     archives = sorted(source.glob("gpu_check_*.tar.gz")) if source.is_dir() else [source]
     if not archives:
@@ -169,9 +169,7 @@ def take(source: Path, results: Path = RESULTS) -> None:
                     found[tuple(row[key] for key in KEYS)] = row
             merged = earlier_rows(results / f"{name}.json", measured, KEYS) + list(found.values())
             write_results(name, merged, times(merged), results, _facts(measured[0]))
-    kept = [{key: row[key] for key in row if key not in ("row", "output")} for row in rows if "bench" not in row]
-    for row in kept:
-        row["reason"] = row["reason"] and str(row["reason"])[:300]
+    kept = [row | {"reason": row["reason"] and str(row["reason"])[:300]} for row in rows if "bench" not in row]
     kept = earlier_rows(results / "gpu_check.json", kept, ["stage"]) + kept
     write_results("gpu_check", kept, summary(kept, "all"), results, facts)
 

@@ -207,7 +207,7 @@ def tiny_run(tmp_path_factory):
 def _opened_run():
     import harness
 
-    return harness.open_run(Namespace(smoke=True, dtype="float32", rounds=1, output=None), on_cpu=True)
+    return harness.open_run(Namespace(smoke=True, dtype="float32", rounds=1, output=None))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The benchmark of whole models on a CPU: smoke run, gate, failing peers, operations, tables."""
 
+import itertools
 from argparse import Namespace
 from dataclasses import replace
 
@@ -16,30 +17,27 @@ from torch.nn.attention import SDPBackend
 
 from crate_fast.train.cost import count_flops
 
-TINY = Size(32, 2, 2, 16, on_gpu=2, on_cpu=3, image=64, classes=10)  # 17 tokens, 51 in the batch
-BOTH = (TRAINING, INFERENCE)
+TINY = Size(32, 2, 2, 16, batch=3, image=64, classes=10)  # 17 tokens, 51 in the batch
 CPU = torch.device("cpu")
 
 
-def test_the_smoke_run_measures_every_peer_of_every_part_and_writes_nothing(capsys, monkeypatch):
+def test_the_smoke_run_measures_every_peer_of_every_table_and_writes_nothing(capsys, monkeypatch):
     monkeypatch.setattr(harness, "write_results", None)
     assert bench_model.main(["--smoke"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    crates = [("tiny", what, peer) for what in BOTH for peer in bench_model.CRATE_PEERS]
-    maes = [("tiny MAE", TRAINING, peer) for peer in bench_model.MAE_PEERS]
-    growth = [(n, what, peer) for n in bench_model.SMOKE_GROWTH for what in BOTH for peer in bench_model.GROWTH_PEERS]
-    for model, what, peer in crates + maes + growth:
-        (line,) = [line for line in lines if line.startswith(f"| {model} | 2 | {what} | {peer} |")]
-        assert "n/a" not in line
+    for table, sizes in bench_model.SMOKE.items():
+        for model, what, peer in itertools.product(sizes, bench_model.PASSES[table], bench_model.PEERS[table]):
+            (line,) = [line for line in lines if line.startswith(f"| {model} | 2 | {what} | {peer} |")]
+            assert "n/a" not in line
 
 
-def test_growth_excludes_models_and_a_smoke_run_is_tiny_for_all_options(capsys):
-    with pytest.raises(SystemExit):
-        bench_model.main(["--growth", "--models", "T/16"])
-    assert "leave --models out" in capsys.readouterr().err
-    for options in ({"growth": True, "models": None}, {"growth": False, "models": ["B/16"]}):
-        parts = bench_model._parts(Namespace(smoke=True, **options), on_gpu=True)
-        assert {size.width for _, sizes, *_ in parts for size in sizes.values()} == {32}
+def test_only_the_named_models_are_measured(run, monkeypatch):
+    measured = {}
+    monkeypatch.setattr(harness, "open_run", lambda _: replace(run, smoke=False, timer=Namespace(on_gpu=True)))
+    monkeypatch.setattr(harness.Run, "measure_ceilings", lambda _: None)
+    monkeypatch.setattr(bench_model, "measure", lambda table, sizes, _: measured.update({table: [*sizes]}) or True)
+    assert bench_model.main(["--models", "N = 785", "B/16", "T/16"]) == 0
+    assert measured == {"crate": ["B/16", "T/16"], "growth": ["N = 785"]}
 
 
 def test_benchmarked_models_have_the_papers_sizes():
@@ -49,9 +47,10 @@ def test_benchmarked_models_have_the_papers_sizes():
     assert [size.n_tokens for size in bench_model.GROWTH.values()] == [197, 785, 3601, 16385]
 
 
-def test_a_measurement_on_a_gpu_fills_every_column(run, pretended_gpu):
+def test_a_measurement_on_a_gpu_fills_every_column(run, pretended_gpu, monkeypatch):
     run.timer, pretended_gpu.measurement_ms = pretended_gpu, 5.0
-    assert bench_model.measure("crate", {"tiny": TINY}, BOTH, [OURS], run)
+    monkeypatch.setitem(bench_model.PEERS, "crate", [OURS])
+    assert bench_model.measure("crate", {"tiny": TINY}, run)
     known = {"latency_ms": 1.0, "calls": 5, "peak_mib": 2.0, "images_per_s": 3000}  # a round of 5 ms, without pauses
     for row in run.rows:
         assert known.items() <= row.items()
@@ -87,7 +86,8 @@ def test_a_wrong_model_is_red_and_the_other_peers_have_numbers(run, monkeypatch)
     monkeypatch.setattr(model_problem, "CRATE", lambda **options: mutants.get(options["dim"], right)(**options))
     sizes = {mutant.__name__: replace(TINY, width=width) for width, mutant in mutants.items()}
     sizes["right"] = replace(TINY, width=48)
-    assert not bench_model.measure("crate", sizes, (TRAINING,), [OURS, RELEASED], run)
+    monkeypatch.setitem(bench_model.PEERS, "model", [OURS, RELEASED])
+    assert not bench_model.measure("model", sizes, run)
     for row in run.rows:
         wrong = row["model"] != "right" and row["peer"] == OURS
         assert wrong == (row["latency_ms"] is None) == row.get("red", False), row["model"]
@@ -99,13 +99,13 @@ def test_a_wrong_autoencoder_gives_no_numbers(run, monkeypatch, capsys):
     size, forward = replace(TINY, masked=True), model_problem.ReleasedCRATEMAE.forward
     wrong = lambda *a, **o: tuple(1.001 * value for value in forward(*a, **o))  # noqa: E731
     monkeypatch.setattr(model_problem.ReleasedCRATEMAE, "forward", wrong)
-    assert not bench_model.measure("model", {"MAE": size}, (TRAINING,), [OURS, RELEASED], run)
+    assert not bench_model.measure("model", {"MAE": size}, run)
     assert "the peers disagree: output" in capsys.readouterr().err
 
 
 def test_under_autocast_the_gate_passes_rounding_and_rejects_broken_models(run, monkeypatch):
     run.dtype = torch.bfloat16
-    problem = make_problem("tiny", replace(TINY, width=64, on_cpu=8), TRAINING, run, {})
+    problem = make_problem("tiny", replace(TINY, width=64, batch=8), TRAINING, run, {})
     assert problem.cast == torch.bfloat16
     problem.gate(run)
     (ours,) = model_problem.peers(problem, [OURS], run)
@@ -116,38 +116,23 @@ def test_under_autocast_the_gate_passes_rounding_and_rejects_broken_models(run, 
             problem.check(ours, problem.results(ours.build()), None)
 
 
-def test_the_gates_results_do_not_depend_on_the_chunk_size(run):
-    problem = make_problem("tiny", TINY, TRAINING, run, {})
-    trial = problem.trial(RELEASED, None)
-    torch.testing.assert_close(trial.outcome(2), trial.outcome(3), rtol=1e-4, atol=1e-6)
-
-
 def test_if_the_released_form_runs_out_of_memory_ours_is_compared_with_pytorchs_path(run, monkeypatch):
     def out_of_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model_problem.ReleasedCRATE, "forward", out_of_memory)
-    assert bench_model.measure("growth", {"tiny": TINY}, BOTH, [OURS, RELEASED], run)
+    assert bench_model.measure("growth", {"tiny": TINY}, run)
     assert all(row["compared_with"] == UNFUSED for row in run.rows)
     assert all((row["latency_ms"] is None) == (row["peer"] == RELEASED) for row in run.rows)
 
 
-def test_peers_whose_logits_do_not_fit_are_left_out(run, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Namespace(total_memory=80 * 2**30))
-    assert "9 of 80 GiB" in measuring.too_many_logits(9 * 2**30, torch.device("cuda"))
-    assert measuring.too_many_logits(7 * 2**30, torch.device("cuda")) is None
-    monkeypatch.setattr("os.sysconf", lambda name: 1)
-    assert bench_model.measure("growth", {"tiny": TINY}, (INFERENCE,), [OURS, RELEASED], run)
-    assert "of the machine's memory" in run.rows[1]["reason"]
-
-
 def test_the_vit_uses_the_fastest_sdpa_backend_of_the_device():
     timer = harness.Timer(CPU)
-    assert model_problem.fastest_sdpa(TINY, 2, timer, CPU, torch.float32) == SDPBackend.FLASH_ATTENTION
+    assert model_problem.fastest_sdpa(TINY, timer, CPU, torch.float32) == SDPBackend.FLASH_ATTENTION
 
 
 def _work(peer: str, size: Size, what: str, dtype: torch.dtype = torch.float32) -> measuring.Cost:
-    return model_problem.cost(peer, size, size.on_cpu, what, dtype)
+    return model_problem.cost(peer, size, what, dtype)
 
 
 def test_a_batch_has_the_operations_of_its_images():
@@ -166,6 +151,6 @@ def test_bytes_of_models_by_hand():
     size = replace(bench_model.MAES["CRATE-MAE-T"], depth=4)
     whole, visible = (_work(peer, size, TRAINING) for peer in (OURS, VISIBLE))
     assert visible.flops < 0.75 * whole.flops
-    activations = 5 * 4 * size.on_cpu * size.width
+    activations = 5 * 4 * size.batch * size.width
     assert whole.moved_bytes - visible.moved_bytes == activations * size.depth * 147  # hidden in the encoder
     assert _work(RELEASED, size, TRAINING) == whole

@@ -157,20 +157,19 @@ def test_faults_cost_only_themselves(check):
     assert (check.output / "gpu_check_first.tar.gz").exists()
 
 
-@pytest.mark.parametrize(("kind", "on_cpu"), [("crash", False), ("profile", True)])
-def test_a_worker_opens_the_gpu_before_its_first_item_begins(tmp_path, monkeypatch, kind, on_cpu):
+def test_a_worker_opens_the_gpu_before_its_first_item_begins(tmp_path, monkeypatch):
     """Opening it takes seconds, which must not count in an item's time limit."""
     rows, begun = gpu_worker.Rows(tmp_path / "rows.jsonl"), []
     timer = Namespace(free_memory=lambda: None, synchronize=lambda: None)
 
-    def opened(on_cpu):
-        begun.append((on_cpu, gpu_report.read_rows(tmp_path / "rows.jsonl")))
+    def opened():
+        begun.append(gpu_report.read_rows(tmp_path / "rows.jsonl"))
         return Namespace(timer=timer, measure_ceilings=lambda: None)
 
     monkeypatch.setattr(gpu_worker, "_open_run", opened)
-    monkeypatch.setattr(gpu_worker.Worker, kind, lambda worker, _: worker.run(on_cpu))
-    gpu_worker.work_through(_items("a", kind=kind), gpu_worker.Worker("time", rows), math.inf, 60.0)
-    assert begun == [(on_cpu, [])]
+    monkeypatch.setattr(gpu_worker.Worker, "crash", lambda worker, _: worker.run)
+    gpu_worker.work_through(_items("a", kind="crash"), gpu_worker.Worker("time", rows), math.inf, 60.0)
+    assert begun == [[]]
 
 
 @pytest.mark.parametrize("poisoned", [False, True])
@@ -180,7 +179,7 @@ def test_a_probe_that_fails_during_compilation_is_reported(tmp_path, monkeypatch
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     timer = Namespace(free_memory=lambda: None, synchronize=synchronize)
-    monkeypatch.setattr(gpu_worker, "_open_run", lambda _: Namespace(device="cuda", timer=timer))
+    monkeypatch.setattr(gpu_worker, "_open_run", lambda: Namespace(device="cuda", timer=timer))
     monkeypatch.setattr(probes, "run_probe", lambda *_, **__: {"status": "failed: RuntimeError: CUDA error"})
     worker = gpu_worker.Worker("warm", gpu_worker.Rows(tmp_path / "rows.jsonl"))
     with pytest.raises(SystemExit, match="a has poisoned this process") if poisoned else nullcontext():
@@ -380,7 +379,7 @@ def test_the_rehearsal_runs_every_stage_and_faults_are_red_rows(rehearsal):
     assert "of the error that is allowed" in red["fault:wrong"]
     stages = {row["stage"] for row in rows if row["status"] == "ok"}
     assert stages == {"environment", "warm", "probes", "timings", "tiles", "models", "more"}
-    assert {stage.name for stage in gpu_check.PARTS["all"]} == stages | {"tests", "counters"}  # no GPU: all skipped
+    assert {stage.name for stage in gpu_check.PARTS["all"]} == stages | {"tests"}  # no GPU: all skipped
     measured = {(row["bench"], row["row"]["peer"]) for row in rows if row.get("bench")}
     assert {("mssa", "ours"), ("ista", "ours"), ("crate", "ours"), ("growth", "ours"), ("model", "ours")} <= measured
     assert "Self CPU time total" in (rehearsal / "summary_all.md").read_text()  # the profile
