@@ -106,16 +106,13 @@ def stages(config: TrainConfig) -> dict[str, tuple[Callable[[], object], int]]:
 
 def whole(configs: dict[str, TrainConfig]) -> dict[str, tuple[Callable[[], object], int]]:
     """Return calls that load whole batches of endless epochs, by source."""
-    found = {f"batches: {name}": config for name, config in configs.items()}
     for name, policy in itertools.product(SHARDS, POLICIES):
-        found[f"batches: {name}, {policy}"] = replace(configs[name], auto_augment=policy)
-    return {name: _batches(config) for name, config in found.items()}
-
-
-def _batches(config: TrainConfig) -> tuple[Callable[[], object], int]:
-    data = build_splits(config).train
-    endless = itertools.chain.from_iterable(iter(partial(train_loader, config, data), None))
-    return (lambda: next(endless)), config.batch_size
+        configs = configs | {f"{name}, {policy}": replace(configs[name], auto_augment=policy)}
+    found = {}
+    for name, config in configs.items():
+        epochs = iter(partial(train_loader, config, build_splits(config).train), None)
+        found[f"batches: {name}"] = (partial(next, itertools.chain.from_iterable(epochs)), config.batch_size)
+    return found
 
 
 def measure(calls: dict[str, tuple[Callable[[], object], int]], rounds: int) -> list[dict]:

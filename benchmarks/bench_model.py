@@ -5,7 +5,7 @@
     python benchmarks/bench_model.py --smoke              # everything with tiny models, also on a CPU; writes nothing
 
 Peers have the same images and, except the ViT, the same weights: the released form and ours, each eager and compiled,
-and timm's ViT of the same width, depth, heads and patch, compiled, with SDPA's fastest backend for its tensors. A
+and timm's ViT of the same width, depth, heads and patch, compiled, with PyTorch's choice of SDPA's backend. A
 training step is forward, cross-entropy, backward and AdamW (fused on a GPU); inference is a forward in
 `inference_mode`, in which ours folds G in every call on a GPU and keeps it on a CPU. The gate of `model_problem.py`
 comes first: a peer that differs from the released form has no numbers; if it is ours, eager or compiled, the exit
@@ -73,7 +73,7 @@ def measure(table: str, sizes: dict[str, Size], run: Run) -> bool:
 
 def measure_one(model: str, size: Size, what: str, names: list[str], run: Run) -> list[dict]:
     """Measure one pass of a model with the named peers; add images/s, the factors to two peers, and the MFU."""
-    problem = make_problem(model, size, what, run, {"patch": size.patch, "image": size.image})
+    problem = make_problem(model, size, what, run)
     rows = measure_peers(problem, peers(problem, names, run), run)
     measured = {row["peer"]: row["latency_ms"] for row in rows if row["latency_ms"] is not None}
     for row in rows:

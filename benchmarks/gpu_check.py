@@ -52,7 +52,7 @@ PROBE_S, PROBES_AT_ONCE = 45.0, 14
 HANG_S = 3.0  # limit of the hanging probe in a rehearsal
 FAULTS = ("fault:crash", "fault:hang", "fault:wrong")  # probes of a rehearsal
 MODELS_AT_ONCE = 2  # models that run while others compile, which also need memory
-BACKGROUND = 4  # processes that compile peers during the stages `warm` and `probes`
+COMPILERS = 6  # processes that compile peers beside the probes
 PTXAS_VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 
 
@@ -89,7 +89,6 @@ class Check:
         self.soft = self.hard = self.end  # deadlines of a stage: for starting jobs, for ending them
         self.cores = os.cpu_count() or 2
         self.items: dict[str, list[dict]] = {}  # by kind
-        self.background: list[Process] = []
         self.taken: set[Path] = set()  # files of workers whose rows were collected
         self.environment = self._environment(options.work)
 
@@ -199,16 +198,6 @@ class Check:
             return []
         return [self.items_job(left, mode, stall_s)] if left else []
 
-    def stop_background(self) -> None:
-        """End the background compilers, which would disturb timings."""
-        for process in self.background:
-            process.check()
-            process.end("stopped")
-            _, current = self.collect(process.job.beat)
-            if current is not None:
-                self.row(f"compiled: {current}", "n/a", process.reason)
-        self.background = []
-
     # --- the whole ------------------------------------------------------------------------------------------------
 
     def go(self, stages: list[Stage]) -> None:
@@ -230,8 +219,7 @@ class Check:
 
     def pack(self) -> str:
         """Write the archive and the summary; return the summary."""
-        running = {process.job.beat for process in self.background}
-        for path in set(self.folder.glob("rows_*.jsonl")) - self.taken - running:
+        for path in set(self.folder.glob("rows_*.jsonl")) - self.taken:
             self.collect(path)  # workers of an interrupted stage
         return pack(self.rows(), self.part, self.folder, self.output)
 
@@ -281,7 +269,7 @@ def _probe(name: str, into: Path, *words: str) -> list[str]:
 
 
 def warm(check: Check) -> None:
-    """Fill the compilers' caches on all cores; peers of torch.compile continue in the background."""
+    """Fill the compilers' caches on all cores; `probes` compiles the operators' peers of torch.compile."""
     if check.part == "second":
         models = [
             item for kind in ("models", "more") for item in check.items.get(kind, []) if item["kind"] == "model"
@@ -291,21 +279,13 @@ def warm(check: Check) -> None:
         ours = [item | {"peers": item["peers"][:1]} for item in models if item not in compiled]
         check.work_through(ours[: 2 * MODELS_AT_ONCE], "warm", MODELS_AT_ONCE, 40.0, jobs)
         return
-    compiled = [item | {"peers": item["peers"][1:]} for item in check.items.get("compiled", [])]
-    soft, hard = check.soft, check.hard
-    check.soft = check.hard = min(check.end, time.monotonic() + 110.0)  # the background outlasts this stage
-    for part in range(BACKGROUND):
-        if compiled[part::BACKGROUND]:
-            job = check.items_job(compiled[part::BACKGROUND], "warm", 90.0, nice=10)
-            check.background.append(check.start(job))
-    check.soft, check.hard = soft, hard
     ours = [item | {"peers": item["peers"][:1]} for item in check.items.get("operators", [])]
     items = ours + check.items.get("tiles", []) + ([] if check.rehearse else check.items.get("probes", []))
     check.work_through(items, "warm", max(1, check.cores - 2), 40.0)
 
 
 def probes(check: Check) -> None:
-    """Compare every kernel with float64, each in its own process."""
+    """Compare every kernel with float64, each in its own process; compile peers beside them."""
     names = [item["probe"] for item in check.items.get("probes", [])]
     chosen = [*FAULTS, *names[:1]] if check.rehearse else names
     words = ["--reruns", "2", "--device", "cpu"] if check.rehearse else ["--reruns", "20"]
@@ -315,8 +295,13 @@ def probes(check: Check) -> None:
         Job(name, _probe(name, file, *words), HANG_S if name == "fault:hang" else limit_s)
         for name, file in files.items()
     ]
+    compiled = [item | {"peers": item["peers"][1:]} for item in check.items.get("compiled", [])]
+    shares = filter(None, (compiled[part::COMPILERS] for part in range(COMPILERS)))
+    compilers = [check.items_job(share, "warm", 90.0, nice=10) for share in shares]
 
-    def done(process: Process) -> None:
+    def done(process: Process) -> list[Job]:
+        if process.job.items:  # a compiler
+            return check.after_items(process, "warm", 90.0)
         name = process.job.name
         found = json.loads(files[name].read_text()) if files[name].exists() else {}
         status = found.get("status")
@@ -325,13 +310,13 @@ def probes(check: Check) -> None:
         if found.get("share") is not None:
             reason += f": {found['share']:.2g} of the error that is allowed, reruns equal: {found['reruns_equal']}"
         check.row(name, "ok" if right else "red", None if right else reason, probe=found)
+        return []
 
-    check.run(jobs, done, 2 if check.rehearse else PROBES_AT_ONCE)
+    check.run([*compilers, *jobs], done, len(compilers) + (2 if check.rehearse else PROBES_AT_ONCE))
 
 
 def timings(check: Check) -> None:
     """Time subspace attention and ISTA with their peers: first the eager ones, then the compiled ones."""
-    check.stop_background()
     items = check.items.get("operators", [])
     if check.rehearse:
         items = [items[0], {"name": "a fault", "kind": "crash"}, *items[1:2]] if items else []
@@ -340,7 +325,6 @@ def timings(check: Check) -> None:
 
 def tiles(check: Check) -> None:
     """Time the candidates that compile, fit and do not spill; the next stages use the best, in found_tiles.json."""
-    check.stop_background()
     warmed = {row["item"]: row for row in check.rows() if row["stage"] == "warm"}
     kept = []
     for item in check.items.get("tiles", []):
@@ -362,7 +346,6 @@ def tiles(check: Check) -> None:
 
 def tests(check: Check) -> None:
     """Run the GPU tests with a time limit each, in parallel if pytest-xdist is installed."""
-    check.stop_background()
     rows = check.folder / "rows_tests.jsonl"
     rows.touch()
     words = ["-p", "no:cacheprovider", "-p", "gpu_worker", "-q", "-m", "gpu", "-o", "faulthandler_timeout=50"]
@@ -491,8 +474,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-        check.stop_background()
-        page = check.pack()
+            page = check.pack()
         print(
             page if len(page) < 10_000 else f"{page[:5000]}\n[...]\n{page[-4500:]}"
         )  # callers see the last 12,000 characters

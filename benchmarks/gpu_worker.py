@@ -286,7 +286,7 @@ class Worker:
 
         run, size = self.run, _model_size(item["table"], item["shape"])
         if self.mode == "warm":
-            problem = make_problem(item["shape"], size, item["what"], run, {})
+            problem = make_problem(item["shape"], size, item["what"], run)
             for peer in peers(problem, item["peers"], run):
                 peer.build().step()
             run.timer.synchronize()
@@ -296,12 +296,12 @@ class Worker:
 
     def profile(self, item: dict) -> None:
         """Write the table of PyTorch's profiler for one training step."""
-        from model_problem import OURS, TRAINING, make_problem
+        from model_problem import OURS, TRAINING, Trial, make_problem
         from torch.profiler import ProfilerActivity, profile
 
         run = self.run
-        problem = make_problem(item["shape"], _model_size("crate", item["shape"]), TRAINING, run, {})
-        trial = problem.trial(OURS, problem.cast)
+        problem = make_problem(item["shape"], _model_size("crate", item["shape"]), TRAINING, run)
+        trial = Trial(problem, OURS, problem.cast)
         for _ in range(1 if REHEARSED else 5):
             trial.step()
         run.timer.synchronize()

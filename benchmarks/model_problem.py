@@ -12,13 +12,13 @@ replaces it.
 
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import ClassVar
 
-from harness import Run, Step, Timer, peak_mib
+from harness import Run, Step, peak_mib
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ from measuring import Cost, Peer, WrongResult, relative_difference
 from released import ReleasedCRATE, ReleasedCRATEAlpha, ReleasedCRATEMAE
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.checkpoints import released_state_dict, unwrap_state_dict
@@ -111,19 +110,16 @@ class Trial:
 
     def __init__(
         self,
+        problem: "ModelProblem",
         peer: str,
-        size: Size,
-        device: torch.device,
-        what: str,  # TRAINING (forward, loss, backward, optimiser) or INFERENCE (forward)
         cast: torch.dtype | None,  # dtype of autocast
-        state: dict[str, Tensor] | None = None,  # shared weights; None: random from a seed
-        sdpa: SDPBackend | None = None,  # backend of scaled_dot_product_attention; None: PyTorch's choice
         compiler: str = "inductor",  # torch.compile's backend
     ):
-        self.cast, self.sdpa = cast, sdpa
+        size, device, what, self.cast = problem.size, problem.device, problem.what, cast
         torch.manual_seed(0)
         with device:
             self.model = build_model(peer, size)
+        state = None if peer.startswith(VIT) else problem.state
         if state is not None and isinstance(self.model, ReleasedCRATEAlpha):
             ours = build_model(OURS, size)
             ours.load_state_dict(state)
@@ -144,17 +140,9 @@ class Trial:
         """Do the timed work and return the output."""
         return (self._infer if self.optimizer is None else self._train)(*self.inputs)
 
-    def _autocast(self, device: torch.device) -> ExitStack:
-        stack = ExitStack()
-        if self.cast is not None:
-            stack.enter_context(torch.autocast(device.type, self.cast))
-        if self.sdpa is not None:
-            stack.enter_context(sdpa_kernel(self.sdpa))
-        return stack
-
     def _forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss, logits [B, classes]), or an autoencoder's (loss, pixels [B, patches, p·p·3])."""
-        with self._autocast(images.device):
+        with torch.autocast(images.device.type, self.cast, enabled=self.cast is not None):
             if isinstance(self.model, CRATEMAE | ReleasedCRATEMAE):
                 return self.function(images, MASK_RATIO, noise=targets)[:2]
             logits = self.function(images)
@@ -169,7 +157,7 @@ class Trial:
 
     @torch.inference_mode()
     def _infer(self, images: Tensor, _targets: Tensor) -> Tensor:
-        with self._autocast(images.device):
+        with torch.autocast(images.device.type, self.cast, enabled=self.cast is not None):
             return self.function(images)
 
     def outcome(self) -> dict[str, Tensor]:
@@ -190,24 +178,6 @@ def _exported(model: nn.Module) -> Callable[[Tensor], Tensor]:
         export_model(model, folder, formats=["onnx"])
         run = open_exported(Path(folder) / "model.onnx")
     return lambda images: run(images)["logits"]
-
-
-def fastest_sdpa(size: Size, timer: Timer, device: torch.device, dtype: torch.dtype) -> SDPBackend | None:
-    """Return SDPA's fastest backend on a ViT's tensors, forward and backward, or None if none runs."""
-    shape = (size.batch, size.n_tokens, 3, size.heads, size.width // size.heads)
-    qkv, times = torch.randn(shape, device=device).to(dtype).requires_grad_(), {}
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-
-        def attend(_: object, backend: SDPBackend = backend) -> object:
-            with sdpa_kernel(backend):
-                out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
-            return torch.autograd.grad(out, qkv, torch.ones_like(out))
-
-        try:
-            times[backend] = min(timer.sample(Step(attend), 10, 0)[5:])
-        except RuntimeError:  # it does not run here
-            continue
-    return min(times, key=times.get, default=None)
 
 
 def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -272,24 +242,16 @@ class ModelProblem:
     what: str  # TRAINING or INFERENCE
     device: torch.device
     cast: torch.dtype | None  # autocast's dtype
-    state: dict[str, Tensor] = field(repr=False)  # weights of the released form and of ours
+    state: dict[str, Tensor] | None = field(repr=False)  # weights of all peers but the ViT; None: random ones
     fields: dict[str, object]  # for its rows
     # output and gradients that peers are compared with; from the gate
     truth: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    allowed: dict[str, float] = field(init=False)  # how far they may be from it
-
-    def __post_init__(self):
-        self.allowed = TIGHT | ({WORST: 0.05} if self.size.masked else {})
+    allowed: dict[str, float] = field(default_factory=dict)  # how far they may be from it
 
     @property
     def timed(self) -> tuple[str]:
         """The passes."""
         return (self.what,)
-
-    def trial(self, peer: str, cast: torch.dtype | None, **options) -> Trial:
-        """Make the trial of a peer; all but the ViT share their weights."""
-        state = None if peer.startswith(VIT) else self.state
-        return Trial(peer, self.size, self.device, self.what, cast, state, **options)
 
     def results(self, trial: Trial) -> dict[str, Tensor]:
         """Return output and gradients of the batch."""
@@ -325,7 +287,7 @@ class ModelProblem:
             return run.timer.peak_mib(trial.step)
         if peer.compiles or run.smoke or peer.name == ONNX:
             return None
-        return peak_mib(partial(_fresh_step, peer.name, self.size, self.what, self.cast))
+        return peak_mib(partial(_fresh_step, replace(self, state=None, truth={}), peer.name))
 
     def cost_of(self, peer: Peer, what: str) -> Cost:
         """Return the cost of a pass."""
@@ -334,7 +296,7 @@ class ModelProblem:
     # --- the gate -------------------------------------------------------------------------------------------------
 
     def _outcome(self, peer: str, cast: torch.dtype | None, run: Run) -> dict[str, Tensor]:
-        outcome = self.trial(peer, cast).outcome()
+        outcome = Trial(self, peer, cast).outcome()
         run.timer.free_memory()
         return outcome
 
@@ -347,45 +309,38 @@ class ModelProblem:
             run.timer.free_memory()
             reference, truth = UNFUSED, self._outcome(UNFUSED, None, run)
         self.truth, self.fields["compared_with"] = truth, reference
+        tight = self.allowed = TIGHT | ({WORST: 0.05} if self.size.masked else {})
         if self.cast is None:
             return  # ours is compared when it is built
         rounding = differences(self._outcome(reference, self.cast, run), self.truth)
-        tight, self.allowed = self.allowed, {name: 2 * value + SLACK[name] for name, value in rounding.items()}
+        self.allowed = {name: 2 * value + SLACK[name] for name, value in rounding.items()}
         self.judge(OURS, differences(self._outcome(OURS, None, run), self.truth), tight)
 
 
-def _fresh_step(peer: str, size: Size, what: str, cast: torch.dtype | None) -> Callable[[], Tensor]:
-    return Trial(peer, size, torch.device("cpu"), what, cast).step
+def _fresh_step(problem: ModelProblem, peer: str) -> Callable[[], Tensor]:
+    return Trial(problem, peer, problem.cast).step
 
 
-def make_problem(name: str, size: Size, what: str, run: Run, fields: dict[str, object]) -> ModelProblem:
-    """Make the problem, with weights from a seed; `fields` are added to its rows."""
+def make_problem(name: str, size: Size, what: str, run: Run) -> ModelProblem:
+    """Make the problem, with weights from a seed."""
     cast = None if run.dtype == torch.float32 else run.dtype
     dtype = str(run.dtype).removeprefix("torch.")
-    sizes = {"model": name, "batch": size.batch, "n_tokens": size.n_tokens, "width": size.width, "depth": size.depth}
-    sizes |= {"heads": size.heads, "dtype": dtype if cast is None else f"autocast {dtype}"}
+    fields = {"model": name, "batch": size.batch, "n_tokens": size.n_tokens, "width": size.width, "depth": size.depth}
+    fields |= {"heads": size.heads, "patch": size.patch, "image": size.image}
+    fields["dtype"] = dtype if cast is None else f"autocast {dtype}"
     torch.manual_seed(0)
     with run.device:
         state = build_model(OURS, size).state_dict()  # with an autoencoder's fixed positions, which are parameters
-    return ModelProblem(f"{name}, {what}", size, what, run.device, cast, state, sizes | fields)
+    return ModelProblem(f"{name}, {what}", size, what, run.device, cast, state, fields)
 
 
 def peers(problem: ModelProblem, names: list[str], run: Run) -> list[Peer]:
     """Make the named peers, in order; the others are compared with the first."""
-    sdpa = None
-    if any(name.startswith(VIT) for name in names):
-        sdpa = fastest_sdpa(problem.size, run.timer, problem.device, problem.cast or torch.float32)
-        problem.fields["vit_attention"] = "PyTorch's choice" if sdpa is None else sdpa.name
+    compiler = "eager" if run.smoke else "inductor"
     return [
         Peer(
             name,
-            partial(
-                problem.trial,
-                name,
-                problem.cast,
-                compiler="eager" if run.smoke else "inductor",
-                sdpa=sdpa if name.startswith(VIT) else None,
-            ),
+            partial(Trial, problem, name, problem.cast, compiler),
             compiles=name.endswith(COMPILED) and not run.smoke,
         )
         for name in names

@@ -1,21 +1,15 @@
 """Candidate tiles of each kernel, the problems to measure them on, and the measurement of one candidate.
 
 `gpu_check.py` first compiles every candidate, leaves out those that spill or do not fit, and times the others. It
-writes the best to found_tiles.json. This command prints them as rows of kernels/launch.py:
-
-    python benchmarks/tile_search.py found_tiles.json
+writes the best to found_tiles.json, and shows them in its summary as in kernels/launch.py.
 """
 
-import argparse
-import json
 import math
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from pathlib import Path
 
 from harness import Step, Timer
 
@@ -31,11 +25,8 @@ CALLS = 30  # per measurement
 CHECKED_ROWS = 512  # at each end of a product
 REHEARSED = bool(os.environ.get("GPU_CHECK_REHEARSE"))
 TIMED = {"short": (256, 197, 12), "long": (64, 785, 12), "rows": 256 * 197}  # B, N, H: B16 and B8
-WARMED = {
-    "short": (2, 197, 12),
-    "long": (2, 785, 12),
-    "rows": 16 * 197,
-}  # compile to the same code and need little memory
+# these compile to the same code and need little memory
+WARMED = {"short": (2, 197, 12), "long": (2, 785, 12), "rows": 16 * 197}
 WIDTH = 768
 if REHEARSED:
     TIMED = WARMED = {"short": (1, 70, 2), "long": (1, 130, 1), "rows": 96}
@@ -270,26 +261,3 @@ def _milliseconds(timer: Timer, call: Callable[[], object]) -> float:
     step = Step(lambda _: call())
     calls, flushes = (CALLS, timer.plan(step).flushes) if timer.on_gpu else (1, 0)
     return statistics.median(timer.sample(step, calls, flushes))
-
-
-# --- rows of the table --------------------------------------------------------------------------------------------
-
-
-def row_source(row: dict) -> str:
-    """Format a row of found_tiles.json as in kernels/launch.py."""
-    if row["tile"] is None:
-        return f"    # {row['kernel']}, {row['precision']}, {row['architecture']}: slower than blocks of rows, no row"
-    width, tile = f", {row['block_d']}" if row["block_d"] else "", _source(Tile(**row["tile"]))
-    return f'    ("{row["kernel"]}", "{row["precision"]}", "{row["architecture"]}"{width}): {tile},'
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the rows of a found_tiles.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="found_tiles.json")
-    print("\n".join(row_source(row) for row in json.loads(parser.parse_args(argv).file.read_text())))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,12 +13,10 @@ import model_problem
 import pytest
 import torch
 from model_problem import COMPILED, INFERENCE, OURS, RELEASED, TRAINING, UNFUSED, VISIBLE, VIT, Size, make_problem
-from torch.nn.attention import SDPBackend
 
 from crate_fast.train.cost import count_flops
 
 TINY = Size(32, 2, 2, 16, batch=3, image=64, classes=10)  # 17 tokens, 51 in the batch
-CPU = torch.device("cpu")
 
 
 def test_the_smoke_run_measures_every_peer_of_every_table_and_writes_nothing(capsys, monkeypatch):
@@ -105,7 +103,7 @@ def test_a_wrong_autoencoder_gives_no_numbers(run, monkeypatch, capsys):
 
 def test_under_autocast_the_gate_passes_rounding_and_rejects_broken_models(run, monkeypatch):
     run.dtype = torch.bfloat16
-    problem = make_problem("tiny", replace(TINY, width=64, batch=8), TRAINING, run, {})
+    problem = make_problem("tiny", replace(TINY, width=64, batch=8), TRAINING, run)
     assert problem.cast == torch.bfloat16
     problem.gate(run)
     (ours,) = model_problem.peers(problem, [OURS], run)
@@ -124,11 +122,6 @@ def test_if_the_released_form_runs_out_of_memory_ours_is_compared_with_pytorchs_
     assert bench_model.measure("growth", {"tiny": TINY}, run)
     assert all(row["compared_with"] == UNFUSED for row in run.rows)
     assert all((row["latency_ms"] is None) == (row["peer"] == RELEASED) for row in run.rows)
-
-
-def test_the_vit_uses_the_fastest_sdpa_backend_of_the_device():
-    timer = harness.Timer(CPU)
-    assert model_problem.fastest_sdpa(TINY, timer, CPU, torch.float32) == SDPBackend.FLASH_ATTENTION
 
 
 def _work(peer: str, size: Size, what: str, dtype: torch.dtype = torch.float32) -> measuring.Cost:

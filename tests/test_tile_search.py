@@ -1,6 +1,5 @@
 """The tile search on a CPU: its problems reject wrong results, and its candidates are complete."""
 
-import json
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ import pytest
 import tile_search
 import torch
 
-from crate_fast.kernels.launch import TABLE, Tile
+from crate_fast.kernels.launch import TABLE
 
 KERNELS = list(tile_search.CANDIDATES)
 
@@ -72,16 +71,3 @@ def test_every_kernel_of_the_table_has_candidates_after_the_tables_tile():
     assert [item["kernel"] for item in items[: len(KERNELS)]] == KERNELS
     assert all(item["present"] == (index < len(KERNELS)) for index, item in enumerate(items))
     assert {kernel for kernel, *_ in TABLE} == {*KERNELS}
-
-
-def test_found_tiles_are_printed_as_rows_of_the_table(tmp_path, capsys):
-    tile = Tile(128, 64, 8, 2, one_exp=True)
-    product = Tile(128, 256, 4, 3, 64, persistent=True, chosen=False)
-    found = {("attention_backward", 64): asdict(tile), ("output_map", 0): asdict(product)}
-    found["whole_head_forward", 64] = None
-    names, key = ("kernel", "block_d", "tile"), {"architecture": "sm_90", "precision": "half"}
-    rows = [dict(zip(names, (*which, best), strict=True)) | key for which, best in found.items()]
-    (tmp_path / "found_tiles.json").write_text(json.dumps(rows))
-    assert tile_search.main([str(tmp_path / "found_tiles.json")]) == 0
-    expected = {("attention_backward", "half", "sm_90", 64): tile, ("output_map", "half", "sm_90"): product}
-    assert eval("{" + capsys.readouterr().out + "}", {"Tile": Tile}) == expected
