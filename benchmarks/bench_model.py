@@ -5,12 +5,13 @@
     python benchmarks/bench_model.py --smoke              # everything with tiny models, also on a CPU; writes nothing
 
 Peers have the same images and, except the ViT, the same weights: the released form and ours, each eager and compiled,
-and timm's ViT of the same width, depth, heads and patch, compiled, with PyTorch's choice of SDPA's backend. A
-training step is forward, cross-entropy, backward and AdamW (fused on a GPU); inference is a forward in
-`inference_mode`, in which ours folds G in every call on a GPU and keeps it on a CPU. The gate of `model_problem.py`
-comes first: a peer that differs from the released form has no numbers; if it is ours, eager or compiled, the exit
-status is 1. One model is in memory at a time, with all its peers, which are measured in turn. Calls follow each other
-without a pause, so a host that is slower than the device counts. `model_problem.cost` documents the FLOPs and bytes.
+ours with CUDA graphs, and timm's ViT of the same width, depth, heads and patch, compiled, with PyTorch's choice of
+SDPA's backend. A training step is forward, cross-entropy, backward and AdamW (fused on a GPU); inference is a forward
+in `inference_mode`, in which ours folds G in every call on a GPU and keeps it on a CPU. The gate of
+`model_problem.py` comes first: a peer that differs from the released form has no numbers; if it is ours, eager or
+compiled, the exit status is 1. One model is in memory at a time, with all its peers, which are measured in turn.
+Calls follow each other without a pause, so a host that is slower than the device counts. `model_problem.cost`
+documents the FLOPs and bytes.
 """
 
 import argparse
@@ -20,8 +21,9 @@ from dataclasses import replace
 import harness
 from harness import Run
 
+import model_problem
 from measuring import measure_peers
-from model_problem import COMPILED, INFERENCE, OURS, RELEASED, TRAINING, VISIBLE, VIT, Size, make_problem, peers
+from model_problem import COMPILED, GRAPHS, INFERENCE, OURS, RELEASED, TRAINING, VISIBLE, VIT, Size, make_problem
 
 CRATES = {  # models with goals first, in case the run is interrupted
     "B/16": Size(768, 12, 12, 16, batch=256),
@@ -50,7 +52,7 @@ MODELS = {"crate": CRATES, "model": MAES, "growth": GROWTH}
 SMOKE = {"crate": {"tiny": _TINY}, "model": {"tiny MAE": replace(_TINY, masked=True)}, "growth": {"N = 17": _TINY}}
 PASSES = {"crate": (TRAINING, INFERENCE), "model": (TRAINING,), "growth": (TRAINING, INFERENCE)}
 PEERS = {  # the first is ours
-    "crate": [OURS, RELEASED, OURS + COMPILED, VIT + COMPILED, RELEASED + COMPILED],
+    "crate": [OURS, RELEASED, OURS + COMPILED, OURS + GRAPHS, VIT + COMPILED, RELEASED + COMPILED],
     "model": [OURS, RELEASED, VISIBLE],
     "growth": [OURS, RELEASED],
 }
@@ -74,7 +76,7 @@ def measure(table: str, sizes: dict[str, Size], run: Run) -> bool:
 def measure_one(model: str, size: Size, what: str, names: list[str], run: Run) -> list[dict]:
     """Measure one pass of a model with the named peers; add images/s, the factors to two peers, and the MFU."""
     problem = make_problem(model, size, what, run)
-    rows = measure_peers(problem, peers(problem, names, run), run)
+    rows = measure_peers(problem, model_problem.peers(problem, names, run), run)
     measured = {row["peer"]: row["latency_ms"] for row in rows if row["latency_ms"] is not None}
     for row in rows:
         latency_ms = row["latency_ms"]

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py prepare     # with a network: writes an assembler and the commit into .gpu/
     bash benchmarks/gpu_check.sh first         # at most 410 s: probes, tiles, operators and their peers, tests
-    bash benchmarks/gpu_check.sh second        # at most 230 s: whole models, a profile
+    bash benchmarks/gpu_check.sh second        # at most 230 s: whole models, a profile, hardware counters
     bash benchmarks/gpu_check.sh first --stages warm tiles --limit 120
     bash benchmarks/gpu_check.sh all --rehearse          # on a CPU, with stand-ins: tests the program itself
 
@@ -274,7 +274,7 @@ def warm(check: Check) -> None:
         models = [
             item for kind in ("models", "more") for item in check.items.get(kind, []) if item["kind"] == "model"
         ]
-        compiled = [item for item in models if item["peers"][-1].endswith("compiled")]
+        compiled = [item for item in models if item["peers"][-1].endswith(("compiled", "CUDA graphs"))]
         jobs = [check.items_job([item | {"peers": item["peers"][-1:]}], "warm", 90.0) for item in compiled]
         ours = [item | {"peers": item["peers"][:1]} for item in models if item not in compiled]
         check.work_through(ours[: 2 * MODELS_AT_ONCE], "warm", MODELS_AT_ONCE, 40.0, jobs)
@@ -375,6 +375,26 @@ def _timed(kind: str, stall_s: float) -> Callable[[Check], None]:
     return lambda check: check.work_through(check.items.get(kind, []), "time", 1, stall_s)
 
 
+def counters(check: Check) -> None:
+    """Read hardware counters of the kernels with ncu."""
+    tool = shutil.which("ncu")
+    if tool is None:
+        check.row("ncu", "n/a", "ncu is not here")
+        return
+    command = [tool, "--profile-from-start", "off", "--clock-control", "none"]
+    for section in ("SpeedOfLight", "Occupancy", "LaunchStats", "WarpStateStats", "ComputeWorkloadAnalysis"):
+        command += ["--section", section]
+    command += [sys.executable, str(ROOT / "benchmarks" / "gpu_worker.py"), "kernels"]
+
+    def done(process: Process) -> None:
+        if process.reason is None:
+            check.row("ncu", "ok", output=process.log.read_text(errors="replace"))
+        else:
+            check.row("ncu", "n/a", f"{process.reason}: {tail(process.log)}")
+
+    check.run([Job("ncu", command, 60.0)], done, 1)
+
+
 _ENVIRONMENT = Stage("environment", 15, 75, environment)
 _FIRST = [
     Stage("warm", 35, 15, warm),
@@ -385,7 +405,8 @@ _FIRST = [
 ]
 _SECOND = [
     Stage("models", 100, 20, _timed("models", 60.0)),  # CRATE-B/16 with its peers, B/8, a profile
-    Stage("more", 75, 5, _timed("more", 45.0)),  # inference, growth, CRATE-MAE, other sizes
+    Stage("counters", 30, 10, counters),
+    Stage("more", 45, 5, _timed("more", 45.0)),  # inference, growth, CRATE-MAE, other sizes
 ]
 PARTS = {
     "first": [_ENVIRONMENT, *_FIRST],
@@ -474,10 +495,9 @@ def main(argv: list[str] | None = None) -> int:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-            page = check.pack()
-        print(
-            page if len(page) < 10_000 else f"{page[:5000]}\n[...]\n{page[-4500:]}"
-        )  # callers see the last 12,000 characters
+        page = check.pack()
+        # callers see the last 12,000 characters
+        print(page if len(page) < 10_000 else f"{page[:5000]}\n[...]\n{page[-4500:]}")
         print(f"brought back after {time.monotonic() - check.started:.0f} s: {options.output}", flush=True)
     return 0
 

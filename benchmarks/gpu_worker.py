@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_worker.py environment --rows FILE --into FILE     # items, versions, ceilings
     python benchmarks/gpu_worker.py items --mode time --items FILE --rows FILE --until 1700000000
+    python benchmarks/gpu_worker.py kernels                       # six launches, for ncu
 
 A worker marks the "begin" and "end" of each item, so that the rows show the item in which it ended. As a pytest
 plugin (`-p gpu_worker`) this module writes a row for each test. Heavy modules are imported where they are used, so
@@ -26,6 +27,10 @@ ISTA = ["tiny"] if REHEARSED else ["B16", "B8"]
 COMPILED_FIRST = ["FlexAttention", "three products, compiled", "one product, compiled"]
 COMPILED_FIRST += ["torch.compile of the eager form"]
 PROFILED = 30  # rows in a profile's table
+COUNTED = (
+    *("attention_forward", "attention_backward", "whole_head_forward"),
+    *("whole_head_backward", "ista_forward", "weight_gradient"),
+)
 
 
 class Rows:
@@ -157,10 +162,10 @@ def _probe_items() -> tuple[list[dict]]:
 def _model_items() -> tuple[list[dict], list[dict]]:
     """List training steps of CRATE-B/16 and B/8; then inference, growth, autoencoders and other models."""
     from bench_model import GROWTH, PEERS
-    from model_problem import COMPILED, INFERENCE, OURS, RELEASED, TRAINING, VIT
+    from model_problem import COMPILED, GRAPHS, INFERENCE, OURS, RELEASED, TRAINING, VIT
 
     def item(table: str, model: str, what: str, peers: list[str]) -> dict:
-        name = f"{model}, {what}" + (f": {peers[-1]}" if peers[-1].endswith(COMPILED) else "")
+        name = f"{model}, {what}" + (f": {peers[-1]}" if peers[-1].endswith((COMPILED, GRAPHS)) else "")
         return {"name": name, "kind": "model", "table": table, "shape": model, "what": what, "peers": peers}
 
     profiled = {"name": "profile", "kind": "profile", "shape": "B/16"}
@@ -169,8 +174,8 @@ def _model_items() -> tuple[list[dict], list[dict]]:
             [item("crate", "tiny", TRAINING, [OURS, RELEASED]), profiled | {"shape": "tiny"}],
             [item("growth", "N = 17", INFERENCE, [OURS]), item("model", "tiny MAE", TRAINING, [OURS])],
         )
-    plain = [name for name in PEERS["crate"] if not name.endswith(COMPILED)]
-    compiled = [name for name in PEERS["crate"] if name.endswith(COMPILED)]
+    compiled = [name for name in PEERS["crate"] if name.endswith((COMPILED, GRAPHS))]
+    plain = [name for name in PEERS["crate"] if name not in compiled]
     compiled.sort(key=lambda name: not name.startswith(VIT))  # the peer of the goal first
     beside = [item("crate", "B/16", TRAINING, [OURS, name]) for name in compiled]
     models = [item("crate", "B/16", TRAINING, plain), *beside[:1], item("crate", "B/8", TRAINING, plain), profiled]
@@ -347,10 +352,31 @@ def work_through(items: list[dict], worker: Worker, until: float, stall_s: float
     faulthandler.cancel_dump_traceback_later()
 
 
+def kernels() -> None:
+    """Launch each counted kernel once, between cudaProfilerStart and -Stop."""
+    import tile_search
+    import torch
+
+    from crate_fast.kernels.launch import find
+
+    for kernel in COUNTED:
+        tile = find(kernel, torch.device("cuda"), "half", 64 if kernel.startswith(("attention", "whole_head")) else 0)
+        if tile is None:
+            continue
+        launches = tile_search.problems(kernel)[0].plan(tile)
+        for launch in launches:
+            launch.run()
+        torch.cuda.synchronize()
+        with torch.cuda.profiler.profile():
+            launches[0].run()
+            torch.cuda.synchronize()
+        tile_search.problems.cache_clear()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Do one job of `gpu_check.py`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=("environment", "items"))
+    parser.add_argument("job", choices=("environment", "items", "kernels"))
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--into", type=Path)
     parser.add_argument("--items", type=Path)
@@ -361,6 +387,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     faulthandler.enable()
     os.nice(options.nice)
+    if options.job == "kernels":
+        kernels()
+        return 0
     rows = Rows(options.rows)
     if options.job == "items":
         items = json.loads(options.items.read_text())

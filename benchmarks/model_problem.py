@@ -1,7 +1,8 @@
 """Whole models as problems: the released form, ours and a ViT of the same sizes, their gate and their cost.
 
-Compiled peers are `torch.compile(model, dynamic=False)` in its default mode; loss and optimiser stay outside. A
-smoke run uses the backend "eager": it traces the model and generates no code.
+Compiled peers are `torch.compile(model, dynamic=False)` in its default mode, or with CUDA graphs in its mode
+"reduce-overhead"; loss and optimiser stay outside. A smoke run uses the backend "eager": it traces the model and
+generates no code.
 
 The gate. In fp32 ours must agree with the released form within `TIGHT` (each parameter's gradient of an autoencoder
 within 5 %). Under autocast every peer of the same function is compared on the whole batch with the released form in
@@ -38,7 +39,7 @@ RELEASED, OURS, VIT = "released", "ours", "ViT (timm)"
 VISIBLE = "ours, visible only"  # MAE's own form, another function: the encoder gets a quarter of the patches
 UNFUSED = "ours, PyTorch"  # `backend="torch"`: replaces the released form if that runs out of memory
 ONNX = "ours, onnxruntime"  # on a CPU: the file of `crate-fast export`
-COMPILED = ", compiled"  # behind a peer's name
+COMPILED, GRAPHS = ", compiled", ", CUDA graphs"  # behind a peer's name
 TRAINING, INFERENCE = "training step", "inference"
 MASK_RATIO = 0.75
 
@@ -78,7 +79,7 @@ class Size:
 
 def build_model(peer: str, size: Size) -> nn.Module:
     """Build a peer's model, not compiled, with random weights."""
-    kind = peer.removesuffix(COMPILED)
+    kind = peer.removesuffix(COMPILED).removesuffix(GRAPHS)
     backend = {"backend": "torch"} if kind == UNFUSED else {}
     if size.masked or kind == VIT:
         options = {"img_size": size.image, "patch_size": size.patch, "embed_dim": size.width, "depth": size.depth}
@@ -127,8 +128,10 @@ class Trial:
         if state is not None:
             self.model.load_state_dict(state)
         self.model.train(what == TRAINING)
-        compiled = peer.endswith(COMPILED)
-        self.function = torch.compile(self.model, dynamic=False, backend=compiler) if compiled else self.model
+        self.function = self.model
+        if peer.endswith((COMPILED, GRAPHS)):
+            mode = "reduce-overhead" if peer.endswith(GRAPHS) and compiler == "inductor" else None
+            self.function = torch.compile(self.model, dynamic=False, backend=compiler, mode=mode)
         if peer == ONNX:
             self.function = _exported(self.model)
         self.inputs, self.optimizer = _make_inputs(size, device), None
@@ -170,7 +173,7 @@ class Trial:
         found = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
         if isinstance(self.model, ReleasedCRATEAlpha):
             found = dict(unwrap_state_dict(found))
-        return {OUTPUT: output.detach().float()} | found
+        return {OUTPUT: output.detach().to(torch.float32, copy=True)} | found  # the next CUDA graph overwrites it
 
 
 def _exported(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -341,7 +344,7 @@ def peers(problem: ModelProblem, names: list[str], run: Run) -> list[Peer]:
         Peer(
             name,
             partial(Trial, problem, name, problem.cast, compiler),
-            compiles=name.endswith(COMPILED) and not run.smoke,
+            compiles=name.endswith((COMPILED, GRAPHS)) and not run.smoke,
         )
         for name in names
     ]
