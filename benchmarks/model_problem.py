@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.checkpoints import released_state_dict, unwrap_state_dict
-from crate_fast.export import export_model
-from crate_fast.exported import open_exported
+from crate_fast.export import export_model, open_exported
 from crate_fast.model import ALPHA_OPTIONS
 from crate_fast.train.cost import Flops, count_flops
 

@@ -273,15 +273,14 @@ def _export() -> argparse.ArgumentParser:
     text = _text_of("crate_fast.export").partition("\n\n    from")[0]
     parser = _parser("export", text, _how_to_name_models())
     add, layers = parser.add_argument, "all, or numbers such as 9,10; default the layer of the paper's figures"
-    outputs = "some of logits,features,attention,subspace_tokens; default logits (features without a classifier)"
+    outputs = "some of logits,features,attention; default logits (features without a classifier)"
     add("model", metavar="MODEL", help="see below")
     add("--output", type=Path, help="folder of the files; default runs/export/MODEL")
     add("--format", type=comma_list(str), default=["onnx", "torch"], help="onnx, torch, or onnx,torch (default)")
     add("--outputs", type=comma_list(str), help=outputs)
     add("--layers", type=comma_list(int, "all"), help=layers)
     add("--input", choices=("float", "uint8"), default="float", help="normalised (default), or bytes from 0 to 255")
-    add("--image-size", type=positive, help="size to record and to compare first; default the model's own")
-    add("--opset", type=int, default=18, help="version of ONNX's operators; default %(default)s")
+    add("--image-size", type=positive, help="square size of the images in pixels; default the model's own")
     add("--tolerance", type=float, default=1e-4, help="allowed difference / largest value; default %(default)s")
     add("--seed", type=seed, default=0, help="seed of untrained weights; default 0")
     add("--model-args", nargs="+", metavar="KEY=VALUE", help="arguments of models that timm builds")

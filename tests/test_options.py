@@ -107,7 +107,6 @@ def test_choices_and_defaults_equal_those_of_the_modules():
     assert list(option("reproduce emergence", "size").choices) == list(SIZES)
     assert list(option("reproduce emergence", "models").choices) == list(MODELS)
     assert option("export", "format").default == list(export.FORMATS)
-    assert option("export", "opset").default == export.MIN_OPSET
     assert all(name in option("export", "outputs").help for name in export.OUTPUTS)
 
 
