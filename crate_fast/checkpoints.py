@@ -4,6 +4,7 @@ Parameter names are those of the released code. Loading removes wrappers and res
 patches; `crate_fast.weight_files` reads the files.
 """
 
+import math
 import os
 import textwrap
 import warnings
@@ -14,51 +15,9 @@ from torch import Tensor, nn
 
 from crate_fast.errors import UserError
 from crate_fast.layers import ODL
-from crate_fast.mae import CRATEMAE, sincos_positions
+from crate_fast.mae import CRATEMAE
 from crate_fast.model import CRATE, resample_positions
 from crate_fast.weight_files import read_state_dict, unwrap_state_dict
-
-_TABLES = ("pos_embed", "decoder_pos_embed")  # positions of CRATE-MAE: computed, not learned
-
-
-class MismatchError(UserError, RuntimeError):
-    """Error for weights of another architecture; a RuntimeError too, as `load_state_dict` raises."""
-
-
-def _given_or_square(patches: int, given: tuple[int, int] | None, argument: str) -> tuple[int, int]:
-    if given is not None:
-        rows, columns = given
-        if rows * columns != patches or rows < 1:
-            raise UserError(
-                f"{argument}={rows}×{columns} has {rows * columns} patches and the weights have {patches} positions: "
-                "pass the rows and columns of patches of the weights"
-            )
-        return rows, columns
-    side = round(patches**0.5)
-    if side * side != patches or not patches:
-        raise UserError(
-            f"positions cannot be resampled: {patches} patches do not form a square grid, and the weights do not "
-            f"record their grid: pass {argument}, its rows and columns"
-        )
-    return side, side
-
-
-def _recorded_grid(state_dict: dict, model: CRATE, patches: int) -> tuple[int, int] | None:
-    """Return the grid saved with the weights, else that of timm's `pretrained_cfg`; None if neither fits."""
-    recorded = getattr(state_dict, "_metadata", {}).get("", {}).get("grid", (0, 0))
-    _, *size = getattr(model, "pretrained_cfg", {}).get("input_size") or (0, 0, 0)
-    configured = (side // patch for side, patch in zip(size, model.patch_size, strict=True))
-    return next((grid for grid in (tuple(recorded), tuple(configured)) if grid[0] * grid[1] == patches), None)
-
-
-def table_grid(table: Tensor) -> tuple[int, int] | None:
-    """Return the grid of a CRATE-MAE's table of sine-cosine positions [1, 1 + N, C]; None if no grid fits."""
-    patches, dim = table.shape[1] - 1, table.shape[2]
-    for rows in (rows for rows in range(1, patches + 1) if patches % rows == 0 and dim % 4 == 0):
-        grid = (rows, patches // rows)
-        if torch.allclose(sincos_positions(dim, grid), table.float(), atol=0.02):  # bf16 rounds by up to 0.004
-            return grid
-    return None
 
 
 def adapt_state_dict(
@@ -66,31 +25,19 @@ def adapt_state_dict(
 ) -> dict[str, Tensor]:
     """Unwrap a state dict and resample its positions to the model's grid of patches (`pretrained_filter_fn` of timm).
 
-    Grids are compared, not shapes: 4×4 positions are resampled for a 2×8 model. The grid of the weights is the first
-    one known of: `source_grid`; the grid saved by `CRATE.state_dict()`; the `input_size` of timm's `pretrained_cfg`,
-    if it has as many patches; a square. A CRATE-MAE keeps its own positions, because they are computed.
-
-    Classifiers are not changed: `load_state_dict` raises an error for another number of classes.
+    Positions form a square grid, as in timm, unless `source_grid` names another one. A CRATE-MAE keeps its own
+    positions, because they are computed. Classifiers are not changed: `load_state_dict` raises an error for another
+    number of classes.
 
     Args:
         state_dict: Contents of a file, or a model's `state_dict()`.
-        model: A CRATE or a CRATEMAE.
+        model: A CRATE, a CRATEMAE or a ViT of timm.
         source_grid: Rows and columns of patches of the positions in `state_dict`.
 
     Raises:
         UserError: The grid is unknown and not square, or does not fit the number of positions, or the width differs.
     """
-    return resample_weights(unwrap_state_dict(state_dict), model, source_grid)
-
-
-def resample_weights(
-    state_dict: dict, model: nn.Module, source_grid: tuple[int, int] | None, argument: str = "source_grid"
-) -> dict[str, Tensor]:
-    """Resample positions as `adapt_state_dict` does, for a state dict without wrappers, and also for a timm ViT.
-
-    `argument` is the name of `source_grid` in messages. Returns `state_dict` itself if its grid is the model's, else
-    a new dictionary.
-    """
+    state_dict = unwrap_state_dict(state_dict)
     if isinstance(model, CRATEMAE):
         return _with_own_tables(state_dict, model)
     name, target = _positions_of(model)
@@ -103,22 +50,31 @@ def resample_weights(
             f"[1, 1 + patches, {own.shape[2]}]; build the model with the width of the weights"
         )
     prefix = own.shape[1] - target[0] * target[1]
-    patches = positions.shape[1] - prefix
-    if isinstance(model, CRATE):
-        source_grid = source_grid or _recorded_grid(state_dict, model, patches)
-    grid = _given_or_square(patches, source_grid, argument)
+    grid = _grid_of(positions.shape[1] - prefix, target, source_grid)
     if grid == target:
         return state_dict
-    if source_grid is None and patches == target[0] * target[1]:
-        rows, columns = grid
+    if isinstance(model, CRATE):
+        return state_dict | {name: resample_positions(positions, grid, target)}
+    return state_dict | {name: resample_abs_pos_embed(positions, list(target), list(grid), prefix)}
+
+
+def _grid_of(patches: int, target: tuple[int, int], given: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the grid of the weights: the given one, else a square, else the model's if it has as many patches."""
+    side = math.isqrt(max(0, patches))
+    grid = given or ((side, side) if side**2 == patches else target)
+    rows, columns = grid
+    if rows * columns != patches or rows < 1:
+        raise UserError(
+            f"positions of {patches} patches cannot be resampled as a grid of {rows}×{columns}: pass source_grid, "
+            "the rows and columns of patches of the weights"
+        )
+    if given is None and grid != target and patches == target[0] * target[1]:
         warnings.warn(
             f"the weights do not record the grid of their {patches} positions: assuming {rows}×{columns}, resampling "
-            f"to {target[0]}×{target[1]}; if this is wrong, pass {argument}",
-            stacklevel=2,
+            f"to {target[0]}×{target[1]}; if this is wrong, pass source_grid",
+            stacklevel=3,
         )
-    if isinstance(model, CRATE):
-        return dict(state_dict) | {name: resample_positions(positions, grid, target)}
-    return dict(state_dict) | {name: resample_abs_pos_embed(positions, list(target), list(grid), prefix)}
+    return grid
 
 
 def _positions_of(model: nn.Module) -> tuple[str, tuple[int, int] | None]:
@@ -133,15 +89,14 @@ def _positions_of(model: nn.Module) -> tuple[str, tuple[int, int] | None]:
 
 def _with_own_tables(state_dict: dict[str, Tensor], model: CRATEMAE) -> dict[str, Tensor]:
     """Replace position tables of another grid by the model's. A table of another width is kept and fails to load."""
-    own = model.state_dict()
     tables = {}
-    for name in _TABLES:
-        table = state_dict.get(name)
-        if table is None or table.dim() != 3 or table.shape[-1] != own[name].shape[-1]:
+    for name in ("pos_embed", "decoder_pos_embed"):  # computed, not learned
+        table, own = state_dict.get(name), getattr(model, name).detach()
+        if table is None or table.dim() != 3 or table.shape[-1] != own.shape[-1]:
             continue
-        if table.shape != own[name].shape or table_grid(table) not in (None, model.grid_size):
-            tables[name] = own[name]
-    return dict(state_dict) | tables if tables else state_dict
+        if table.shape != own.shape or not torch.allclose(table.to(own), own, atol=0.02):  # bf16 rounds by 0.004
+            tables[name] = own
+    return state_dict | tables
 
 
 def is_demo(state_dict: dict) -> bool:
@@ -158,8 +113,8 @@ def load_strictly(
     The messages name the `source` of the weights, the `name` of the model, and a `remedy`.
 
     Raises:
-        MismatchError: Keys or shapes differ; the message names some of them in one line.
-        UserError: The weights are integers of a quantized model, which PyTorch would convert silently.
+        UserError: Keys or shapes differ (the message names some of them), or the weights are integers of a quantized
+            model, which PyTorch would convert silently.
     """
     for key, own in model.state_dict().items():
         found = state_dict.get(key)
@@ -173,7 +128,7 @@ def load_strictly(
     except RuntimeError as error:
         lines = [textwrap.shorten(line, 160, placeholder=" …") for line in str(error).splitlines()[1:]]
         found = "; ".join(line.rstrip(".") for line in lines[:4]) + ("; …" if len(lines) > 4 else "")
-        raise MismatchError(f"{source} does not hold the weights of {name} ({found}): {remedy}") from error
+        raise UserError(f"{source} does not hold the weights of {name} ({found}): {remedy}") from error
     return model
 
 
@@ -184,16 +139,15 @@ def load_weights(
 
     Args:
         model: A CRATE of the file's architecture.
-        path: A released checkpoint, one of this package, or any file or `FILE#ENTRY` that `read_state_dict` accepts.
+        path: A released checkpoint, one of this package, or any file that `read_state_dict` accepts.
         resample: Resample positions of another image size to the model's.
-        source_grid: Rows and columns of patches in the file, if it does not record them and they are not square.
+        source_grid: Rows and columns of patches in the file, if they are not square; positions are resampled.
 
     Returns:
         The model.
 
     Raises:
-        UserError: See `read_state_dict` and `adapt_state_dict`.
-        MismatchError: Keys or shapes differ; the message lists some.
+        UserError: See `read_state_dict`, `adapt_state_dict` and `load_strictly`.
     """
     state_dict = read_state_dict(path)
     if resample or source_grid is not None:

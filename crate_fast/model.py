@@ -28,7 +28,7 @@ from crate_fast.backends import BACKENDS, being_written, without_tracer_warnings
 from crate_fast.errors import UserError
 from crate_fast.functional import RESIDUALS, THRESHOLDS
 from crate_fast.layers import ISTA, MHSA, MLP, MSSA, ODL, EmbeddingNorm, Layer, Linear, Patches, PreNorm, Transformer
-from crate_fast.weight_files import is_wrapped, unwrap_state_dict
+from crate_fast.weight_files import rename_released
 
 ALPHA_OPTIONS = {"sparsifier": "odl", "embed_norm": False, "output_bias": False, "layer_eps": 1e-6}  # of CRATE-α
 _POOLS = ("cls", "mean", "avg", "")
@@ -300,12 +300,6 @@ class CRATE(nn.Module):
             patch_grid(size, self.patch_size)
             self.image_size = size
 
-    def position_embedding(self, grid: tuple[int, int]) -> Tensor:
-        """Return positions [1, 1 + rows·columns, C] for a grid of patches, resampled if the grid is not native."""
-        if grid == self.native_grid:
-            return self.pos_embedding
-        return resample_positions(self.pos_embedding, self.native_grid, grid)
-
     def embed(self, images: Tensor) -> Tensor:
         """Embed images [B, channels, height, width] as tokens [B, 1 + patches, C], CLS first."""
         check_images(images, self.channels, self.patch_size, self.image_size, self.dynamic_img_size)
@@ -315,32 +309,22 @@ class CRATE(nn.Module):
             positions = positions_for(images, self.pos_embedding, self.patch_size, self.native_grid)
         else:
             (height, width), (rows, columns) = self.image_size, self.patch_size
-            positions = self.position_embedding((height // rows, width // columns))
+            grid, positions = (height // rows, width // columns), self.pos_embedding
+            if grid != self.native_grid:
+                positions = resample_positions(positions, self.native_grid, grid)
         return self.dropout(tokens + positions)
 
     # --- state dicts ------------------------------------------------------------------------------------------
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):  # saved by torch.save; the shape alone cannot tell 4×4 from 2×8
-            destination._metadata[prefix[:-1]]["grid"] = self.native_grid
-
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        # timm's checkpoint_path passes the contents of the file to load_state_dict without a filter
+        # timm's checkpoint_path passes the weights of a file to load_state_dict without a filter
         mine = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        if is_wrapped(mine):
+        renamed = rename_released(mine)
+        if renamed is not mine:
             for key in mine:
                 del state_dict[prefix + key]
-            mine = unwrap_state_dict(mine)
-            state_dict.update({prefix + key: value for key, value in mine.items()})
-            local_metadata = mine._metadata.get("", local_metadata)
-        positions, grid = mine.get("pos_embedding"), local_metadata.get("grid", self.native_grid)
-        if positions is not None and positions.shape == self.pos_embedding.shape and tuple(grid) != self.native_grid:
-            own = self.native_grid
-            errors.append(
-                f"{prefix}pos_embedding has a grid of {grid[0]}×{grid[1]} and the model has {own[0]}×{own[1]}: "
-                "resample it with crate_fast.checkpoints.adapt_state_dict"
-            )
+            state_dict.update({prefix + key: value for key, value in renamed.items()})
+            mine = renamed
         if not self.head_hidden and {"mlp_head.1.weight", "mlp_head.2.weight"} <= mine.keys():
             errors.append(
                 "the classifier of these weights has a hidden layer: build the model with head_hidden=True (and "

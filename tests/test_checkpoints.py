@@ -68,60 +68,33 @@ def _of_grid(grid: tuple[int, int]) -> CRATE:
     return CRATE(**(SMALL | {"image_size": (8 * grid[0], 8 * grid[1])}))
 
 
-@pytest.mark.parametrize(("old", "new"), [((4, 4), (2, 8)), ((2, 8), (8, 8)), ((3, 5), (5, 3)), ((2, 8), (2, 8))])
-@pytest.mark.parametrize("how", ["state dict", "file", "argument", "timm"])
-def test_positions_are_resampled_to_another_grid_as_timm_does(old, new, how, tmp_path):
-    source, target, path = _of_grid(old), _of_grid(new), tmp_path / "weights.pth"
-    if how == "state dict":
-        target.load_state_dict(adapt_state_dict(source.state_dict(), target))
-    elif how == "file":
-        torch.save({"model": nn.DataParallel(source).state_dict()}, path)
-        load_weights(target, path, resample=True)
-    elif how == "argument":
-        target.load_state_dict(adapt_state_dict(dict(source.state_dict()), target, source_grid=old))
-    else:
-        torch.save(source.state_dict(), path)
-        overlay = {"file": str(path), "num_classes": 7, "input_size": (3, 8 * old[0], 8 * old[1])}
-        sizes = {"dim": 48, "depth": 2, "heads": 3, "num_classes": 7, "img_size": (8 * new[0], 8 * new[1])}
-        target = timm.create_model("crate_tiny_patch8_224", pretrained=True, pretrained_cfg_overlay=overlay, **sizes)
+@pytest.mark.parametrize(("old", "new"), [((4, 4), (8, 8)), ((2, 8), (8, 8)), ((3, 5), (5, 3)), ((2, 8), (2, 8))])
+def test_positions_are_resampled_to_another_grid_as_timm_does(old, new, tmp_path):
+    source, path, given = _of_grid(old), tmp_path / "weights.pth", None if old == (4, 4) else old
+    torch.save({"model": nn.DataParallel(source).state_dict()}, path)
+    targets = [load_weights(_of_grid(new), path, resample=True, source_grid=given)]
+    if given is None:
+        overlay, sizes = {"file": str(path), "num_classes": 7}, {"dim": 48, "depth": 2, "heads": 3, "num_classes": 7}
+        name, sizes = "crate_tiny_patch8_224", sizes | {"img_size": (8 * new[0], 8 * new[1])}
+        targets.append(timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **sizes))
     expected = resample_abs_pos_embed(source.pos_embedding.detach(), list(new), list(old))
-    torch.testing.assert_close(target.pos_embedding.detach(), expected, rtol=0, atol=0)
-    assert torch.equal(target.cls_token, source.cls_token)
+    for target in targets:
+        torch.testing.assert_close(target.pos_embedding.detach(), expected, rtol=0, atol=0)
+        assert torch.equal(target.cls_token, source.cls_token)
 
 
-def test_an_unknown_grid_is_taken_as_square_with_a_warning_or_refused(tmp_path):
-    plain, wide = dict(_of_grid((4, 4)).state_dict()), _of_grid((2, 8))
+def test_an_unknown_grid_is_taken_as_square_with_a_warning_or_refused():
+    plain, wide = _of_grid((4, 4)).state_dict(), _of_grid((2, 8))
     expected = resample_abs_pos_embed(plain["pos_embedding"], [2, 8])  # timm assumes a square, too
     with pytest.warns(UserWarning, match="assuming 4×4, resampling to 2×8; if this is wrong, pass source_grid"):
         torch.testing.assert_close(adapt_state_dict(plain, wide)["pos_embedding"], expected, rtol=0, atol=0)
-    torch.save(plain, tmp_path / "plain.pth")
-    sizes = {"dim": 48, "depth": 2, "heads": 3, "num_classes": 7, "img_size": (16, 64), "pretrained": True}
-    overlay = {"file": str(tmp_path / "plain.pth"), "num_classes": 7}
-    through_timm = timm.create_model("crate_tiny_patch8_224", pretrained_cfg_overlay=overlay, **sizes)
-    torch.testing.assert_close(through_timm.pos_embedding.detach(), expected, rtol=0, atol=0)
-    for grid in ((3, 5), (5, 3)):
-        plain = dict(_of_grid(grid).state_dict())
-        with pytest.raises(UserError, match="15 patches do not form a square grid.*pass source_grid"):
-            adapt_state_dict(plain, _of_grid((3, 5)))
-        with pytest.raises(UserError, match="source_grid=2×8 has 16 patches and the weights have 15"):
-            adapt_state_dict(plain, _of_grid((3, 5)), source_grid=(2, 8))
+    plain = _of_grid((3, 5)).state_dict()
+    assert torch.equal(adapt_state_dict(plain, _of_grid((3, 5)))["pos_embedding"], plain["pos_embedding"])
+    for given, grid in ((None, "4×4"), ((2, 8), "2×8")):
+        with pytest.raises(UserError, match=f"15 patches cannot be resampled as a grid of {grid}: pass source_grid"):
+            adapt_state_dict(plain, _of_grid((4, 4)), source_grid=given)
     with pytest.raises(UserError, match="cannot be resampled.*width"):
         adapt_state_dict({"pos_embedding": torch.zeros(1, 17, 32)}, wide)
-
-
-def test_strict_loading_refuses_positions_of_another_grid(tmp_path):
-    source, wide = _of_grid((4, 4)), _of_grid((2, 8))
-    torch.save(source.state_dict(), tmp_path / "weights.pth")
-    for load in (
-        lambda: wide.load_state_dict(source.state_dict()),
-        lambda: load_weights(wide, tmp_path / "weights.pth"),
-        lambda: nn.DataParallel(wide).load_state_dict(nn.DataParallel(source).state_dict()),
-    ):
-        with pytest.raises(RuntimeError, match="pos_embedding has a grid of 4×4 and the model has 2×8"):
-            load()
-    wide.load_state_dict(_of_grid((2, 8)).state_dict())
-    wide.set_input_size((32, 32))  # does not change the parameter's grid
-    wide.load_state_dict(wide.state_dict())
 
 
 def test_an_autoencoder_keeps_the_positions_of_its_own_grid(tmp_path):
@@ -159,7 +132,7 @@ def test_the_demo_checkpoint_loads_through_every_loader(tmp_path):
     overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path), "num_classes": 5}}
     through_timm = partial(timm.create_model, "crate_tiny_patch8_224", **HIDDEN)
     by_hand = CRATE(**HIDDEN)
-    by_hand.load_state_dict(torch.load(path, weights_only=True))
+    by_hand.load_state_dict(demo.released())
     ours = load_weights(CRATE(**HIDDEN), path)
     for model in (ours, by_hand, through_timm(checkpoint_path=str(path)), through_timm(**overlay)):
         torch.testing.assert_close(model(images), demo(images), rtol=1e-4, atol=1e-5)
@@ -179,18 +152,13 @@ def test_of_weights_and_their_moving_average_the_average_is_read_with_a_warning(
     average = {name: value + 1 for name, value in released.state_dict().items()}
     path = tmp_path / "both.pth"
     torch.save({names[0]: released.state_dict(), names[1]: average, "epoch": 3}, path)
-    with pytest.warns(UserWarning, match=f"using {names[1]}; .*both.pth#{names[0]}"):
+    with pytest.warns(UserWarning, match=f"hold {names[1]} and {names[0]}: using {names[1]}; .*save it alone"):
         found = read_state_dict(path)
     assert torch.equal(found["cls_token"], average["cls_token"])
     if names[1] != "ema":  # a name that timm does not read
         sizes = {"num_classes": 7, "dim": 48, "depth": 2, "heads": 3, "img_size": 32}
         through_timm = timm.create_model("crate_tiny_patch8_224", checkpoint_path=str(path), **sizes)
         assert torch.equal(through_timm.cls_token, found["cls_token"])
-    for chosen in (read_state_dict(f"{path}#{names[0]}"), read_state_dict(path, entry=names[0])):
-        assert torch.equal(chosen["cls_token"], released.cls_token)
-    assert torch.equal(read_state_dict(f"{path}#{names[1]}")["cls_token"], average["cls_token"])
-    with pytest.raises(UserError, match=f"no dictionary 'teacher' in it: choose among {', '.join(sorted(names))}$"):
-        read_state_dict(f"{path}#teacher")
 
 
 def _bytes(write) -> bytes:
@@ -220,32 +188,29 @@ def _saved(content, **options) -> bytes:
 _saved_before_zip = partial(_saved, _use_new_zipfile_serialization=False)
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 91267000\n"
 TENSORS, TWICE = {"cls_token": torch.zeros(1, 1, 4)}, {"w": torch.zeros(1), "module.w": torch.zeros(1)}
-TRACED = r"where it was made: torch\.save\(torch\.jit\.load\('w\.pt'\)\.state_dict\(\)"
 LINEAR, MORE = nn.Linear(2, 2), r"more than tensors.*nn\.modules\.linear\.Linear"
 FILES = {  # kind: name, content, the message, the remedy
     "lfs": ("w.pth", lambda: LFS, "a git-lfs pointer", "git lfs pull"),
-    "text": ("w.pth", lambda: "Entry not found: é\n".encode(), "a text file.*'Entry not found: é'", "download"),
-    "html": ("w.safetensors", lambda: b'\n<html lang="en">', "an HTML page", "download the file itself"),
-    "gzip": ("w.pth", lambda: gzip.compress(b"1"), "an archive", "unpack it"),
-    "zip": ("w.pth", lambda: _bytes(_zip), "a zip archive that torch.save did not write", "unpack it"),
-    "tar": ("w.pth", lambda: b"w.pth".ljust(257, b"\x00") + b"ustar", "an archive", "unpack it"),
+    "text": ("w.pth", lambda: "Entry not found: é\n".encode(), "begins with 'Entry not found: é'", "download"),
+    "html": ("w.safetensors", lambda: b'\n<html lang="en">', "begins with '<html", "download the weight file itself"),
+    "gzip": ("w.pth", lambda: gzip.compress(b"1"), "not a weight file", "unpack the archive"),
+    "zip": ("w.pth", lambda: _bytes(_zip), "an archive or a program", "pass the file inside"),
     "empty": ("w.pth", lambda: b"", "is empty", "download it again"),
     "zeros": ("w.pth", lambda: bytes(6000), "filled with zeros", "download it again"),
-    "binary": ("w.pth", lambda: bytes(range(3, 200)), "neither.*begins with the bytes 03 04", "download it again"),
     "cut zip": ("w.pth", lambda: _saved(TENSORS)[:-40], "damaged or truncated", "incomplete: download it again"),
-    "cut safetensors": ("w.safetensors", lambda: save(TENSORS)[:-4], "damaged or truncated", "download it again"),
+    "cut safetensors": ("w.safetensors", lambda: save(TENSORS)[:-4], "damaged, truncated", "download it again"),
     "safetensors as pth": ("w.pth", lambda: save(TENSORS), "a safetensors file", "rename it to end in .safetensors"),
     "pth as safetensors": ("w.safetensors", lambda: _saved(TENSORS), "a torch.save file", "rename it to end in .pth"),
     "old pth as safetensors": ("w.safetensors", lambda: _saved_before_zip(TENSORS), "a torch.save file", "in .pth"),
-    "torchscript": ("w.pt", lambda: _bytes(_script), "a TorchScript program", TRACED),
+    "torchscript": ("w.pt", lambda: _bytes(_script), "TorchScript", "save only its state dict where it was made"),
     "model": ("w.pth", lambda: _saved(LINEAR), MORE, "save only its state dict"),
     "old model": ("w.pth", lambda: _saved_before_zip(LINEAR), MORE, "save only its state dict"),
     "list": ("w.pth", lambda: _saved([torch.zeros(1)]), "it holds a list", "only its state dict"),
     "code": ("w.pth", lambda: _saved({"w": _Code()}), r"more than tensors.*\(\w+\.system\)", "only its state dict"),
     "pickled code": ("w.pth", lambda: pickle.dumps(_Code()), "a Python pickle", "only its state dict"),
-    "complex": ("w.pth", lambda: _saved({"w": torch.zeros(2) * 1j}), "w is complex", "of the plain model"),
-    "meta": ("w.pth", lambda: _saved({"w": torch.zeros(2, device="meta")}), "w is a meta tensor", "plain model"),
-    "two models": ("w.pth", lambda: _saved({"student": TENSORS}), "it holds the keys student", "as in FILE#student"),
+    "complex": ("w.pth", lambda: _saved({"w": torch.zeros(2) * 1j}), "w is not .* of real numbers", "plain model"),
+    "meta": ("w.pth", lambda: _saved({"w": torch.zeros(2, device="meta")}), "w is not a dense tensor", "plain model"),
+    "two models": ("w.pth", lambda: _saved({"student": TENSORS}), "it holds the keys student", "its state dict"),
     "no tensors": ("w.pth", lambda: _saved({"epoch": 3}), "it holds the keys epoch", "only its state dict"),
     "two names": ("w.pth", lambda: _saved(TWICE), "'w' and 'module.w' name one parameter", "remove one of them"),
 }
@@ -273,7 +238,7 @@ def test_a_folder_and_an_unreadable_file_are_errors(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is a folder: pass the weight file in it"):
         read_state_dict(tmp_path)
     with pytest.raises(UserError, match=r"none\.pth: no such checkpoint file"):
-        read_state_dict(f"{tmp_path / 'none.pth'}#model")
+        read_state_dict(tmp_path / "none.pth")
     (tmp_path / "w.pth").write_bytes(_saved(TENSORS))
     monkeypatch.setattr("pathlib.Path.open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(UserError, match=r"w\.pth cannot be read \(Permission denied\): check its permissions"):

@@ -63,7 +63,7 @@ def test_the_command_line_and_a_runs_own_settings_override_the_initial_run(sourc
 def test_a_missing_start_is_an_error(refuses, tmp_path, source):
     for words, message in (
         ([], "pass --init with a run's folder"),
-        (["--init", f"{tmp_path}/nothing#state_dict"], "neither a file nor the folder of a run"),
+        (["--init", f"{tmp_path}/nothing"], "neither a file nor the folder of a run"),
         (["--init", f"{source}@best"], "pass RUN@STEP with a step number"),
         (["--init", str(tmp_path)], "has no config.yaml"),
     ):
@@ -123,24 +123,20 @@ def test_the_demo_checkpoint_needs_its_number_of_heads(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["crate", "vit"])
-def test_a_files_grid_is_given_by_init_grid_or_taken_as_square(tmp_path, kind):
+def test_positions_of_a_file_are_resampled(tmp_path, kind):
     build, name, sizes = CRATE, "pos_embedding", {"heads": 2, "dim": 32, "depth": 2}
     if kind == "vit":
         build, name = partial(timm.create_model, "vit_tiny_patch16_224"), "pos_embed"
         sizes = {"num_heads": 3, "embed_dim": 48, "depth": 1}
-    wide, *targets = (build(img_size=size, patch_size=8, num_classes=12, **sizes) for size in ((16, 64), 32, 64))
-    path, positions = _file(tmp_path, wide), wide.state_dict()[name]
-    for target, side in zip(targets, (4, 8), strict=True):
-        config = {"init": path, "image_size": 8 * side}
-        for stated, grid in (("2x8", [2, 8]), ("", [4, 4])):
-            load_initial(target, tiny_config(**config, init_grid=stated))
-            expected = resample_abs_pos_embed(positions, [side, side], grid)
-            torch.testing.assert_close(target.state_dict()[name], expected, rtol=0, atol=0)
-    with pytest.raises(UserError, match="init_grid=3×5 has 15 patches and the weights have 16"):
-        load_initial(target, tiny_config(**config, init_grid="3x5"))
-    save_file(wide.state_dict() | {name: positions[:, :16].contiguous()}, path)
-    with pytest.raises(UserError, match="15 patches do not form a square grid.*pass init_grid"):
-        load_initial(target, tiny_config(**config))
+    source, target = (build(img_size=size, patch_size=8, num_classes=12, **sizes) for size in (32, 64))
+    path, positions = _file(tmp_path, source), source.state_dict()[name]
+    config = tiny_config(init=path, image_size=64)
+    assert "positions resampled" in load_initial(target, config)
+    expected = resample_abs_pos_embed(positions, [8, 8], [4, 4])
+    torch.testing.assert_close(target.state_dict()[name], expected, rtol=0, atol=0)
+    save_file(source.state_dict() | {name: positions[:, :16].contiguous()}, path)
+    with pytest.raises(UserError, match="positions of 15 patches cannot be resampled"):
+        load_initial(target, config)
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
@@ -150,24 +146,16 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         load_initial(build_model(tiny_config(), 12), tiny_config(init=_file(tmp_path, model)))
 
 
-def test_a_wrong_or_unneeded_grid_is_an_error(source):
-    for words in ({"init": "w.pth", "init_grid": "2 by 8"}, {"init_grid": "2x8"}):
-        with pytest.raises(UserError, match="pass the patch rows and columns of the --init file, such as 2x8"):
-            tiny_config(**words)
-    with pytest.raises(UserError, match="is a run, which records its grid; leave out init_grid"):
-        load_initial(build_model(tiny_config(), 12), tiny_config(init=str(source), init_grid="2x8"))
-
-
-def test_the_grid_of_an_autoencoder_follows_from_its_positions(tmp_path):
+def test_an_autoencoder_keeps_the_positions_of_its_image_size(tmp_path):
     sizes = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    wide, square = (CRATEMAE(img_size=size, **sizes) for size in ((16, 64), 32))
-    path, table = _file(tmp_path, wide), square.decoder_pos_embed.clone()
+    source, target = (CRATEMAE(img_size=size, **sizes) for size in (64, 32))
+    path, table = _file(tmp_path, source), target.decoder_pos_embed.clone()
     config = tiny_config(init=path, model="crate_mae_tiny_patch16_224")
-    assert "positions of this image size" in load_initial(square, config)
-    assert torch.equal(square.decoder_pos_embed, table)
+    assert "positions of this image size" in load_initial(target, config)
+    assert torch.equal(target.decoder_pos_embed, table)
     config = tiny_config(init=path, model="crate_mae_encoder_tiny_patch16_224", head="new")
     load_initial(encoder := build_model(config, 12), config)
-    expected = resample_abs_pos_embed(wide.decoder_pos_embed, [4, 4], [2, 8])
+    expected = resample_abs_pos_embed(source.decoder_pos_embed, [4, 4], [8, 8])
     torch.testing.assert_close(encoder.pos_embedding.detach(), expected, rtol=0, atol=0)
 
 
@@ -181,14 +169,6 @@ def test_models_with_other_positions_than_a_vits_load_unchanged(tmp_path):
         models = [timm.create_model(name, num_classes=12, **sizes) for _ in range(2)]
         assert load_initial(models[0], tiny_config(init=(path := _file(tmp_path, models[1])))) == path
         assert same(dict(models[0].state_dict()), dict(models[1].state_dict()))
-
-
-def test_one_of_several_state_dicts_in_a_file_can_be_named(tmp_path):
-    model, loaded = (build_model(tiny_config(), 12) for _ in range(2))
-    path = tmp_path / "both.pth"
-    torch.save({"state_dict": model.state_dict(), "state_dict_ema": loaded.state_dict()}, path)
-    load_initial(loaded, tiny_config(init=f"{path}#state_dict"))
-    assert torch.equal(loaded.cls_token, model.cls_token)
 
 
 def test_weights_of_another_architecture_are_an_error(tmp_path):

@@ -11,7 +11,6 @@ import inspect
 import itertools
 import math
 import os
-import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,11 +104,7 @@ class TrainConfig:
 
     # --- model
     init: str = ""
-    """Initial weights: a run's folder (its best checkpoint), RUN@STEP, or a weights file; random when empty.
-    FILE#ENTRY selects one dictionary from a file that holds several, such as state_dict and state_dict_ema."""
-    init_grid: str = ""
-    """Patch grid of the position embeddings in an init file, as ROWSxCOLUMNS, such as 2x8. Default: the grid recorded
-    in the file, or a square."""
+    """Initial weights: a run's folder (its best checkpoint), RUN@STEP, or a weights file; random when empty."""
     head: Literal["keep", "new"] = "keep"
     """Classifier of a model with init: keep (the one in init, which must match the number of classes) or new (random
     weights)."""
@@ -261,7 +256,6 @@ class TrainConfig:
         mode, graphs = f"compile_mode={self.compile_mode!r}", self.compile_mode in MODES_WITH_GRAPHS
         with_probe = self.frozen and (self.mixup or self.cutmix or self.layer_decay < 1)
         no_init = self.head == "new" and not self.init
-        no_grid = self.init_grid and not (self.init and re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.init_grid))
         no_folder = self.dataset != "shape_scenes" and not self.data_dir
         not_compiled = self.compile_mode != "default" and not self.compile
         refused = {
@@ -270,7 +264,6 @@ class TrainConfig:
             f"{size} repeats={self.repeats}: change one of them": self.batch_size % self.repeats,
             "frozen=True trains only a linear classifier: leave out mixup, cutmix and layer_decay": with_probe,
             "head='new' needs initial weights: pass --init, or leave out --head": no_init,
-            f"init_grid={self.init_grid!r}: pass the patch rows and columns of the --init file, such as 2x8": no_grid,
             f"dataset={self.dataset!r} needs data_dir: pass --data-dir FOLDER": no_folder,
             f"{mode} needs compile=True: pass --compile too": not_compiled,
             # pytorch/pytorch#169545
@@ -292,9 +285,9 @@ def renamed_settings(values: dict) -> dict:
     """Convert settings of an older version to the current names, with the same meaning.
 
     The old `dropout` acted on attention weights and outputs in CRATE, and before the classifier in timm models.
-    The old `cuda_graphs` changed only the speed.
+    The old `cuda_graphs` changed only the speed, and `init_grid` the reading of `init`.
     """
-    values = {name: value for name, value in values.items() if name != "cuda_graphs"}
+    values = {name: value for name, value in values.items() if name not in ("cuda_graphs", "init_grid")}
     if "dropout" not in values:
         return values
     ours = str(values.get("model", TrainConfig.model)).startswith("crate_")

@@ -6,11 +6,10 @@ from torch import Tensor, nn
 
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.checkpoints import (
+    adapt_state_dict,
     is_demo,
     load_strictly,
     read_state_dict,
-    resample_weights,
-    table_grid,
     unwrap_state_dict,
 )
 from crate_fast.errors import UserError, nearest
@@ -19,7 +18,6 @@ from crate_fast.registry import MAE, MAE_ENCODER, create_model, is_mae, is_model
 from crate_fast.train import checkpoint
 from crate_fast.train.config import DROP_RATES, FORM, SIZES, TrainConfig, load_recipe
 from crate_fast.train.faults import poisoned
-from crate_fast.weight_files import split_entry
 
 _AUTOENCODER_SETTINGS = ("mask_ratio", "norm_pix_loss", "visible_only", "decoder_depth")
 
@@ -150,7 +148,7 @@ def initial_run(init: str) -> tuple[Path, int | None] | None:
         if not step.isdigit():
             raise UserError(f"init={init!r}: pass RUN@STEP with a step number, or RUN for its best checkpoint")
         return Path(run), int(step)
-    if not split_entry(init)[0].is_file():
+    if not Path(init).is_file():
         raise UserError(f"init={init!r} is neither a file nor the folder of a run: check the path")
     return None
 
@@ -166,27 +164,21 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
     """
     where, run, visible_only = f"init={config.init!r}", initial_run(config.init), False
     new_classifier = config.head == "new" or config.frozen
-    grid = tuple(map(int, config.init_grid.split("x"))) if config.init_grid else None
     if run is None:
         weights, source = read_state_dict(config.init), config.init
-    elif grid:
-        raise UserError(
-            f"init_grid={config.init_grid!r}: {where} is a run, which records its grid; leave out init_grid"
-        )
     else:
         weights, step = run_weights(*run)
         source, visible_only = f"{run[0]} at step {step}", run_config(run[0]).visible_only
     notes = []
     if "decoder_pred.weight" in weights and isinstance(model, CRATE):
         weights = encoder_state_dict(weights, visible_only)
-        grid = grid or table_grid(weights["pos_embedding"])
         notes.append("the encoder of an autoencoder")
     if isinstance(model, CRATEMAE) and config.head == "new":
         raise UserError("head='new': an autoencoder has no classifier to replace; leave it out")
     token, own_token = weights.get("cls_token"), getattr(model, "cls_token", None)
     if token is None or own_token is None or token.shape == own_token.shape:  # `load_strictly` refuses another width
-        adapted = resample_weights(weights, model, grid, "init_grid")
-        if adapted is not weights:
+        adapted = adapt_state_dict(weights, model)
+        if any(adapted[name] is not value for name, value in weights.items()):
             notes.append("positions of this image size" if isinstance(model, CRATEMAE) else "positions resampled")
             weights = adapted
     if isinstance(model, CRATE):

@@ -18,7 +18,7 @@ import yaml
 from timm.models import save_for_hf
 
 from crate_fast import CRATEMAE
-from crate_fast.checkpoints import resample_weights
+from crate_fast.checkpoints import adapt_state_dict
 from crate_fast.errors import UserError
 from crate_fast.options import main_of
 from crate_fast.registry import create_model
@@ -102,7 +102,7 @@ def write_model_folder(
     if image_size:
         arguments["img_size"] = image_size
         resized = create_model(config.model, **arguments)
-        resized.load_state_dict(resample_weights(model.state_dict(), resized, None))
+        resized.load_state_dict(adapt_state_dict(model.state_dict(), resized))
         model = resized.eval()
     found = checkpoint.manifest(run / "checkpoints", step)
     classes = found.get("data", {}).get("classes")

@@ -7,7 +7,7 @@
     SHARED               a folder of `crate-fast share`, or hf-hub:USER/NAME; SHARED@untrained
 
 Put a name for tables in front, as in `CRATE-S/8=runs/NAME`. Of a CRATE-MAE, the encoder is evaluated. From a file
-with several state dicts the moving average is read; FILE#ENTRY selects another one, as in weights.pth#state_dict.
+with weights and their moving average, the average is read.
 """
 
 import hashlib
