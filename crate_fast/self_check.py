@@ -82,7 +82,7 @@ class _Draw:
         """Return a `layer_norm.Norm` like `given` for x, or None."""
         if given is None:
             return None
-        _, mean, rstd = _normalize(True, x, 1e-5, x.dtype)
+        _, mean, rstd = _normalize(x.double(), 1e-5, x.dtype)
         channels = {"gamma": self.like(given.gamma, 0.3, 1.0), "beta": self.like(given.beta, 0.3)}
         return replace(given, mean=mean.float(), rstd=rstd.float(), **channels)
 
@@ -95,14 +95,14 @@ def _draw_attention_forward(draw, w, scale):
 
 def _draw_attention_backward(draw, grad, w, out, lse, scale):
     tokens, scale = _draw_attention_forward(draw, w, scale)
-    small_out, small_lse = _attention_forward(True, tokens, scale)
+    small_out, small_lse = _attention_forward(tokens.double(), scale)
     small_out = small_out.to(out.dtype).contiguous()
     return draw.like(grad, shape=tokens.shape), tokens, small_out, small_lse.float(), scale
 
 
 def _draw_layer_norm_backward(draw, grad, rows, mean, rstd, dtype, gamma=None, skip=None, normed_dtype=None):
     small = draw.rows(rows)
-    _, small_mean, small_rstd = (tensor.float() for tensor in _normalize(True, small, 1e-5, dtype))
+    _, small_mean, small_rstd = (tensor.float() for tensor in _normalize(small.double(), 1e-5, dtype))
     small_mean = None if mean is None else small_mean
     more = draw.like(gamma, 0.3, 1.0), draw.rows(skip), normed_dtype
     return draw.rows(grad), small, small_mean, small_rstd, dtype, *more
@@ -113,7 +113,7 @@ def _draw_ista_forward(draw, x, operand, folded, shift, soft=False, norm=None, k
     low = small
     if norm is not None:
         norm_small = draw.norm(norm, small)
-        low = _normalize(True, small, 1e-5, small.dtype)[0]
+        low = _normalize(small.double(), 1e-5, small.dtype)[0]
     return small, low.to(operand.dtype), draw.like(folded, 0.3 * len(folded) ** -0.5), 0.01, soft, norm_small, keep
 
 
@@ -137,50 +137,57 @@ def _draw_weight_gradient(draw, a, grad):
     return draw.rows(a, width=width), draw.rows(grad, width=width)
 
 
-# --- the same in PyTorch: each function takes `wide` (True for float64) and the arguments --------------------------
+# --- the same in PyTorch: in float64 if the tensors and dtypes among the arguments are ------------------------------
 
 
-def _up(wide: bool, tensor: Tensor | None, dtype: torch.dtype | None = None):
-    """Return the tensor in float64 if `wide`, else in `dtype` if one is given."""
-    if tensor is None:
-        return None
-    return tensor.double() if wide else tensor if dtype is None else tensor.to(dtype)
+def _wide(value: Any):
+    """Return an argument with its tensors and dtypes in float64."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if is_dataclass(value):
+        return replace(value, **{name: _wide(part) for name, part in vars(value).items()})
+    return torch.float64 if isinstance(value, torch.dtype) else value
 
 
-def _multiply(wide: bool, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    return a.double() @ b.double() if wide else a.to(dtype) @ b.to(dtype)
+def _float(tensor: Tensor | None):
+    """Return the tensor in fp32, or in float64 if it is."""
+    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.float()
 
 
-def _attention_forward(wide, w, scale):
-    heads = _up(wide, w).transpose(1, 2)
+def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _attention_forward(w, scale):
+    heads = w.transpose(1, 2)
     logits = scale * (heads @ heads.mT)
-    lse = _up(wide, logits, torch.float32).logsumexp(-1) / math.log(2)
+    lse = _float(logits).logsumexp(-1) / math.log(2)
     return (logits.softmax(-1) @ heads).transpose(1, 2), lse
 
 
-def _attention_backward(wide, grad, w, out, lse, scale):
-    heads, grad_heads = (_up(wide, tensor).transpose(1, 2) for tensor in (w, grad))
+def _attention_backward(grad, w, out, lse, scale):
+    heads, grad_heads = w.transpose(1, 2), grad.transpose(1, 2)
     weights = (scale * (heads @ heads.mT)).softmax(-1)
     grad_weights = grad_heads @ heads.mT
     grad_logits = scale * weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
     return ((weights.mT @ grad_heads + (grad_logits + grad_logits.mT) @ heads).transpose(1, 2),)
 
 
-def _normalize(wide, x, eps, dtype):
-    rows = _up(wide, x, torch.float32)
+def _normalize(x, eps, dtype):
+    rows = _float(x)
     centred = rows - rows.mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     return centred * rstd, rows.mean(-1), rstd.squeeze(-1)
 
 
-def _normed(wide, rows, mean, rstd):
-    rows, mean, rstd = (_up(wide, tensor, torch.float32) for tensor in (rows, mean, rstd))
+def _normed(rows, mean, rstd):
+    rows, mean, rstd = map(_float, (rows, mean, rstd))
     return rows if mean is None else (rows - mean[:, None]) * rstd[:, None]
 
 
-def _layer_norm_backward(wide, grad, rows, mean, rstd, dtype, gamma=None, skip=None, normed_dtype=None):
-    normed = _normed(wide, rows, mean, rstd)
-    grad, rstd, gamma, skip = (_up(wide, tensor, torch.float32) for tensor in (grad, rstd, gamma, skip))
+def _layer_norm_backward(grad, rows, mean, rstd, dtype, gamma=None, skip=None, normed_dtype=None):
+    normed = _normed(rows, mean, rstd)
+    grad, rstd, gamma, skip = map(_float, (grad, rstd, gamma, skip))
     scaled = grad if gamma is None else grad * gamma
     along, average = (part.mean(-1, keepdim=True) for part in (scaled * normed, scaled))
     dx = (scaled - average - normed * along) * rstd[:, None]
@@ -188,62 +195,56 @@ def _layer_norm_backward(wide, grad, rows, mean, rstd, dtype, gamma=None, skip=N
     return dx if skip is None else dx + skip, sums, None if normed_dtype is None else normed
 
 
-def _fold(wide, dictionary, step_size, dtype):
-    dictionary = _up(wide, dictionary)
+def _fold(dictionary, step_size, dtype):
     return (step_size * (dictionary - dictionary.t() @ dictionary),)
 
 
-def _fold_backward(wide, grad, dictionary, step_size):
-    grad, dictionary = (_up(wide, tensor, torch.float32) for tensor in (grad, dictionary))
+def _fold_backward(grad, dictionary, step_size):
+    grad, dictionary = _float(grad), _float(dictionary)
     return (step_size * (grad - dictionary @ (grad + grad.t())),)
 
 
-def _scale(wide, weight, gamma, beta, dtype, base=None):
-    weight, gamma, beta = (_up(wide, tensor, torch.float32) for tensor in (weight, gamma, beta))
-    return weight * gamma, weight @ beta if base is None else weight @ beta + _up(wide, base)
+def _scale(weight, gamma, beta, dtype):
+    weight, gamma, beta = map(_float, (weight, gamma, beta))
+    return weight * gamma, weight @ beta
 
 
-def _unscale(wide, grad, offset_grad, weight, gamma, beta):
-    grad, r, weight, gamma, beta = (_up(wide, t, torch.float32) for t in (grad, offset_grad, weight, gamma, beta))
+def _unscale(grad, offset_grad, weight, gamma, beta):
+    grad, r, weight, gamma, beta = map(_float, (grad, offset_grad, weight, gamma, beta))
     return grad * gamma + r[:, None] * beta, (grad * weight).sum(0), weight.t() @ r
 
 
-def _added(wide, x, norm):
+def _added(x, norm):
     """Return x, or the LayerNorm of x."""
-    if norm is None:
-        return _up(wide, x)
-    gamma, beta = (_up(wide, tensor, torch.float32) for tensor in (norm.gamma, norm.beta))
-    return _normed(wide, x, norm.mean, norm.rstd) * gamma + beta
+    return x if norm is None else _normed(x, norm.mean, norm.rstd) * _float(norm.gamma) + _float(norm.beta)
 
 
-def _ista_forward(wide, x, operand, folded, shift, soft=False, norm=None, keep=True):
-    base = _added(wide, x, norm)
-    u = base + _multiply(wide, base, folded, folded.dtype).to(base.dtype)
+def _ista_forward(x, operand, folded, shift, soft=False, norm=None, keep=True):
+    base = _added(x, norm)
+    u = base + _multiply(base, folded, folded.dtype).to(base.dtype)
     return F.softshrink(u, shift) if soft else F.relu(u - shift), None
 
 
-def _masked_gradient(wide, grad, nonzero, dtype, summed=False):
-    masked = torch.where(nonzero != 0, _up(wide, grad), 0.0)
-    return masked, _up(wide, masked, torch.float32).sum(0) if summed else None
+def _masked_gradient(grad, nonzero, dtype, summed=False):
+    masked = torch.where(nonzero != 0, grad, 0.0)
+    return masked, _float(masked).sum(0) if summed else None
 
 
-def _backward_input(wide, grad, masked, folded):
-    base = torch.where(masked != 0, _up(wide, grad), 0.0)
-    return (base + _multiply(wide, masked, folded.t(), folded.dtype).to(base.dtype),)
+def _backward_input(grad, masked, folded):
+    base = torch.where(masked != 0, grad, 0.0)
+    return (base + _multiply(masked, folded.t(), folded.dtype).to(base.dtype),)
 
 
-def _product(
-    wide, a, weight, x, tile, bias=None, norm=None, mask=None, alpha=1.0, finish="add", shift=0.0, dtype=None
-):
-    h = alpha * _multiply(wide, a, weight.t(), weight.dtype)
-    h = h if x is None else _added(wide, x, norm) + h
-    h = h if bias is None else h + _up(wide, bias)
+def _product(a, weight, x, tile, bias=None, norm=None, mask=None, alpha=1.0, finish="add", shift=0.0, dtype=None):
+    h = alpha * _multiply(a, weight.t(), weight.dtype)
+    h = h if x is None else _added(x, norm) + h
+    h = h if bias is None else h + bias
     h = F.relu(h - shift) if finish == "relu" else h
     return (h if mask is None else torch.where(mask != 0, h, 0.0),)
 
 
-def _weight_gradient(wide, a, grad):
-    return (_multiply(wide, a.t(), grad, a.dtype),)
+def _weight_gradient(a, grad):
+    return (_multiply(a.t(), grad, a.dtype),)
 
 
 _CHECKS: dict[str, tuple[Callable, Callable, str]] = {  # function: (small arguments, PyTorch, names of results)
@@ -363,7 +364,8 @@ def _shares(name: str, function: Callable, small: tuple, options: dict) -> dict[
     _, compute, names = _CHECKS[name]
     results = function(*small, **options)
     results = results if isinstance(results, tuple) else (results,)
-    eager, truth = (compute(wide, *small, **options) for wide in (False, True))
+    eager = compute(*small, **options)
+    truth = compute(*map(_wide, small), **{name: _wide(value) for name, value in options.items()})
     dtypes = (argument.dtype if isinstance(argument, Tensor) else argument for argument in small)
     floating = [dtype for dtype in dtypes if isinstance(dtype, torch.dtype) and dtype.is_floating_point]
     eps = max(FP32_EPS, *map(product_eps, floating))
