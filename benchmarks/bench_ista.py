@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from measuring import Cost, Peer, Problem, measure_peers
 from torch import Tensor
 
-from crate_fast.functional import ista, norm_ista
+from crate_fast.functional import ista
 from crate_fast.reference import ista_reference
 
 STEP_SIZE, SPARSITY = 0.1, 0.1
@@ -87,8 +87,10 @@ def _compiled(function: Callable) -> Callable:
 
 
 def _ours(operator: str, backend: str) -> Callable:
-    function = ista if operator == "ista" else norm_ista
-    return partial(function, step_size=STEP_SIZE, sparsity=SPARSITY, backend=backend)
+    options = {"step_size": STEP_SIZE, "sparsity": SPARSITY, "backend": backend}
+    if operator == "ista":
+        return partial(ista, **options)
+    return lambda x, weight, bias, dictionary: ista(x, dictionary, norm=(weight, bias, 1e-5), **options)
 
 
 def peers(operator: str, backend: str = "triton") -> list[Peer]:

@@ -13,7 +13,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from crate_fast import cpu_ops, triton_ops
@@ -201,23 +201,24 @@ def ista(
     norm: tuple[Tensor, Tensor, float] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Compute one sparse-coding step (paper, Eq. 7): y = shrink(x + η(xD − xDᵀD), ηλ).
+    """Compute one sparse-coding step (paper, Eq. 7): y = shrink(x + η(xD − xDᵀD), ηλ), of LayerNorm(x) with `norm`.
 
     One product with G = η(D − DᵀD) (`fold_dictionary`) replaces three.
     Under autocast the product runs in the autocast dtype; the residual and the threshold stay in x's dtype.
+    The kernels save for backward the tokens (with `norm` normalised, unless autocast is on) and one byte per element.
 
     Args:
-        x: Normalised tokens [..., C].
+        x: Tokens [..., C], normalised unless `norm` is given.
         dictionary: D [C, C], same device and dtype as x (any floating-point dtype under autocast).
         step_size: η, at least 0.
         sparsity: λ, at least 0.
         threshold: "relu", max(u − ηλ, 0), as in the paper and the released code; or "soft",
             sign(u)·max(|u| − ηλ, 0), the paper's variant with soft thresholding.
-        norm: γ [C], β [C] and ε of a preceding LayerNorm (see `norm_ista`).
+        norm: γ [C], β [C] and ε of a preceding LayerNorm.
         backend: "auto", "triton" or "torch"; see `crate_fast.backends.explain_backend`.
 
     Returns:
-        The sparse tokens [..., C] in x's dtype.
+        The sparse tokens [..., C] in x's dtype; with `norm` under autocast in fp32, as PyTorch's LayerNorm.
 
     Raises:
         ValueError, TypeError: A shape, dtype, device or option is wrong; the message names it.
@@ -249,41 +250,6 @@ def ista(
         rows, gamma, beta, dictionary, folded, float(step_size), float(sparsity), eps, threshold == "soft", keep
     )
     return y.view(x.shape)
-
-
-def norm_ista(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    dictionary: Tensor,
-    step_size: float = 0.1,
-    sparsity: float = 0.1,
-    *,
-    eps: float = 1e-5,
-    threshold: str = "relu",
-    backend: str = "auto",
-) -> Tensor:
-    """Compute `ista` of LayerNorm(x): y = shrink(x̂ + η(x̂D − x̂DᵀD), ηλ) with x̂ = LayerNorm(x).
-
-    The kernels save for backward the normalised rows (under autocast x instead) and one byte per element.
-
-    Args:
-        x: Tokens [..., C].
-        weight, bias: LayerNorm's γ and β [C].
-        dictionary, step_size, sparsity, threshold, backend: See `ista`.
-        eps: LayerNorm's ε.
-
-    Returns:
-        The sparse tokens [..., C] in x's dtype; under autocast in fp32, as PyTorch's LayerNorm.
-
-    Raises:
-        As `ista`; also ValueError if `weight` or `bias` is not [C] or is on another device.
-
-    >>> norm_ista(torch.tensor([[1.0, -1.0]]), torch.ones(2), torch.zeros(2), torch.eye(2))
-    tensor([[0.9900, 0.0000]])
-    """
-    norm = weight, bias, float(eps)
-    return ista(x, dictionary, step_size, sparsity, threshold=threshold, norm=norm, backend=backend)
 
 
 def _folded(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
@@ -355,13 +321,14 @@ def fold_dictionary(dictionary: Tensor, step_size: float = 0.1, dtype: torch.dty
         return step_size * (dictionary - dictionary.t().to(dtype) @ dictionary.to(dtype))
 
 
-# Cache of the open scopes, shared by all threads: autograd recomputes checkpointed layers in its own threads. Entries
-# map (id of D, η, dtype, fold function, stream) to (D, its version, G).
-_cache = SimpleNamespace(lock=threading.RLock(), scopes=0, hook=None, entries={})
+# `folds` maps D to {(η, dtype, fold function, stream): (its fingerprint, G)}. All threads share it: autograd
+# recomputes checkpointed layers in its own threads.
+_cache = SimpleNamespace(lock=threading.RLock(), scopes=0, hook=None, folds=WeakIdKeyDictionary())
 
 
-def _refuse_step(*_) -> None:
-    raise RuntimeError("an optimizer step inside cached_dictionaries(): end the scope before the step")
+def _forget(*_) -> None:
+    with _cache.lock:
+        _cache.folds.clear()
 
 
 @contextmanager
@@ -369,18 +336,18 @@ def cached_dictionaries():
     """Open a scope in which every dictionary is folded once, for the passes between two weight updates.
 
     Use it for gradient accumulation (forward and backward of all micro-batches), activation checkpointing, evaluation
-    loops and serving. Dictionaries must not change inside. An optimizer step and a change that PyTorch tracks
-    (`load_state_dict`) raise an error; an untracked one (`parameter.data.add_(…)`) is not detected. Only
-    `nn.Parameter`s are cached. Every call folds again outside, in compiled code, during the capture of a CUDA graph,
-    and without the kernels in a pass that computes the dictionary's gradient. Inference on a CPU needs no scope: it
-    keeps G until the dictionary changes.
+    loops and serving. Dictionaries are folded again after an optimizer step and after a change that PyTorch tracks
+    (`load_state_dict`); on a GPU, an untracked one (`parameter.data.add_(…)`) is not detected. Only `nn.Parameter`s
+    are cached. Every call folds again outside, in compiled code, during the capture of a CUDA graph, and without the
+    kernels in a pass that computes the dictionary's gradient. Inference on a CPU needs no scope: it keeps G until the
+    dictionary changes.
 
     >>> with cached_dictionaries():
     ...     pass  # for batch in batches: model(batch)
     """
     with _cache.lock:
-        if _cache.scopes == 0:
-            _cache.hook = register_optimizer_step_pre_hook(_refuse_step)
+        if _cache.scopes == 0:  # FSDP2 writes a new shard without changing the version of the whole parameter
+            _cache.hook = register_optimizer_step_post_hook(_forget)
         _cache.scopes += 1
     try:
         yield
@@ -389,21 +356,36 @@ def cached_dictionaries():
             _cache.scopes -= 1
             if _cache.scopes == 0:
                 _cache.hook.remove()
-                _cache.entries.clear()
+                _forget()
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _fold(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
+    return fold_dictionary(dictionary, step_size, dtype).to(dtype)
 
 
-def _cacheable(dictionary: Tensor) -> bool:
+def _in_scope(dictionary: Tensor) -> bool:
     if torch.compiler.is_compiling() or _cache.scopes == 0 or not isinstance(dictionary, nn.Parameter):
         return False
     return dictionary.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-def _fold(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
-    return fold_dictionary(dictionary, step_size, dtype).to(dtype)
+@functools.cache
+def _random_vector(n_elements: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(n_elements, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+def _fingerprint(dictionary: Tensor) -> tuple:
+    """Return values that differ after a change of the dictionary.
+
+    PyTorch's version counter shows most changes. On a CPU the product with a fixed random vector shows the others,
+    such as `parameter.data.add_`, down to its rounding. It takes 1/50 of the layer's time for one image.
+    """
+    version = None if dictionary.is_inference() else dictionary._version
+    if not dictionary.is_cpu:
+        return (version,)
+    values = dictionary.detach().reshape(-1)
+    values = values if values.dtype == torch.float64 else values.float()
+    return version, torch.dot(values, _random_vector(values.numel(), values.dtype)).item()
 
 
 def fold_dictionary_once(
@@ -412,50 +394,19 @@ def fold_dictionary_once(
     dtype: torch.dtype,
     fold: Callable[[Tensor, float, torch.dtype], Tensor] = _fold,
 ) -> Tensor:
-    """Return G in `dtype` without a gradient, from the cache of an open scope or computed by `fold`.
-
-    Raises:
-        RuntimeError: The dictionary has changed inside the scope.
-    """
-    if not _cacheable(dictionary):
-        if fold is _fold and _is_kept(dictionary):
-            return _kept(dictionary, step_size, dtype)
+    """Return G in `dtype` without a gradient, computed by `fold` or kept from an earlier call."""
+    if not (_in_scope(dictionary) or (fold is _fold and _is_kept(dictionary))):
         with torch.no_grad():
             return fold(dictionary, step_size, dtype)
     stream = torch.cuda.current_stream(dictionary.device).cuda_stream if dictionary.is_cuda else None
-    key = (id(dictionary), step_size, dtype, fold, stream)
+    key, fingerprint = (step_size, dtype, fold, stream), _fingerprint(dictionary)
     with _cache.lock:
-        if key not in _cache.entries:
+        folds = _cache.folds.setdefault(dictionary, {})
+        known, folded = folds.get(key, (None, None))
+        if known != fingerprint:
             with torch.inference_mode(False), torch.no_grad():  # usable in a training step too
                 folded = fold(dictionary, step_size, dtype)
-            _cache.entries[key] = (dictionary, _version(dictionary), folded)
-        _, version, folded = _cache.entries[key]
-    if version != _version(dictionary):
-        raise RuntimeError("a dictionary changed inside cached_dictionaries(): end the scope before the change")
-    return folded
-
-
-_kept_folds = WeakIdKeyDictionary()  # D → (its fingerprint, G)
-
-
-@functools.cache
-def _random_vector(n_elements: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(n_elements, dtype=dtype, generator=torch.Generator().manual_seed(0))
-
-
-def _kept(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
-    """Return G of a dictionary on a CPU; fold it again if it has changed since the last call.
-
-    PyTorch's version counter shows most changes; the product with a fixed random vector shows the others, such as
-    `parameter.data.add_`, down to its rounding. It takes 1/50 of the layer's time for one image.
-    """
-    values = dictionary.detach().reshape(-1)
-    values = values if values.dtype == torch.float64 else values.float()
-    product = torch.dot(values, _random_vector(values.numel(), values.dtype)).item()
-    fingerprint = (step_size, dtype, _version(dictionary), product)
-    known, folded = _kept_folds.get(dictionary, (None, None))
-    if known != fingerprint:
-        with torch.inference_mode(False), torch.no_grad():
-            folded = _fold(dictionary, step_size, dtype).t().contiguous().t()  # oneDNN's layout of weights
-        _kept_folds[dictionary] = fingerprint, folded
+                if fold is _fold and dictionary.is_cpu:
+                    folded = folded.t().contiguous().t()  # oneDNN's layout of weights
+            folds[key] = fingerprint, folded
     return folded

@@ -235,18 +235,10 @@ class ISTA(nn.Module):
         return sparsify(x, self.weight, self.step_size, self.lambd, self.threshold, self.backend)
 
     def after_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """Return ISTA(norm(x)) [..., C], computed by one operator (`functional.norm_ista`)."""
-        return functional.norm_ista(
-            x,
-            norm.weight,
-            norm.bias,
-            self.weight,
-            self.step_size,
-            self.lambd,
-            eps=norm.eps,
-            threshold=self.threshold,
-            backend=self.backend,
-        )
+        """Return ISTA(norm(x)) [..., C], computed by one operator."""
+        constants, in_front = (self.step_size, self.lambd), (norm.weight, norm.bias, norm.eps)
+        options = {"threshold": self.threshold, "backend": self.backend}
+        return functional.ista(x, self.weight, *constants, norm=in_front, **options)
 
     def extra_repr(self) -> str:
         """Return the step's constants, for `print(model)`."""

@@ -51,7 +51,7 @@ def ista_reference(
 def norm_ista_reference(
     x: Tensor, weight: Tensor, bias: Tensor, dictionary: Tensor, *ista, eps: float = 1e-5, **options
 ) -> Tensor:
-    """Compute ISTA(LN(x)) of tokens x [..., C]; the arguments are those of `functional.norm_ista`."""
+    """Compute ISTA(LN(x)) of tokens x [..., C]: `functional.ista` with `norm` = (weight, bias, eps)."""
     return ista_reference(F.layer_norm(x, x.shape[-1:], weight, bias, eps), dictionary, *ista, **options)
 
 

@@ -18,7 +18,7 @@ import crate_fast
 from crate_fast import SPIN_COUNT, cpu_ops, functional, reference
 from crate_fast.accuracy import clear_of_threshold, judge
 from crate_fast.backends import explain_backend
-from crate_fast.functional import ista, linear, norm_ista, subspace_attention
+from crate_fast.functional import ista, linear, subspace_attention
 from crate_fast.kernels import assuming_gpu
 from crate_fast.reference import ista_reference, subspace_attention_reference
 
@@ -370,8 +370,8 @@ W, X = torch.zeros(1, 2, 3, 4), torch.zeros(3, 4)
         (lambda: ista(X, torch.zeros(4, 4), sparsity=float("nan")), ValueError, "sparsity=nan"),
         (lambda: ista(X, torch.zeros(4, 4, device="meta")), ValueError, "dictionary is on meta"),
         (lambda: subspace_attention(W, -1.0), ValueError, "scale=-1.0"),
-        (lambda: norm_ista(*map(torch.zeros, (8, 7, 8, (8, 8)))), ValueError, "weight"),
-        (lambda: norm_ista(torch.zeros(8), torch.zeros(8), None, torch.zeros(8, 8)), TypeError, "bias"),
+        (lambda: ista(X, torch.zeros(4, 4), norm=(torch.zeros(3), torch.zeros(4), 0.0)), ValueError, "weight"),
+        (lambda: ista(X, torch.zeros(4, 4), norm=(torch.zeros(4), None, 0.0)), TypeError, "bias"),
     ],
 )
 def test_bad_input_is_an_error(call, error, message):
