@@ -1,10 +1,8 @@
-"""Checks of arguments and images, and the argument names of the released code and of timm."""
+"""Checks of arguments, and the argument names of the released code and of timm."""
 
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from crate_fast.errors import UserError
 
@@ -39,26 +37,20 @@ def rename_arguments(arguments: dict[str, Any], names: dict[str, str]) -> dict[s
     For these arguments, None counts as absent.
 
     Raises:
-        UserError: An argument is given under both names, with different values.
+        UserError: An argument is given under both names.
     """
     renamed, both = {}, {*names, *names.values()}
     for given, value in arguments.items():
         name = names.get(given, given)
         if given in both and value is None:
             continue
-        if name in renamed and _plain(renamed[name]) != _plain(value):
+        if name in renamed:
             other = next(other for other, own in names.items() if own == name)
             raise UserError(
                 f"{name}={arguments[name]!r} and {other}={arguments[other]!r} are the same argument: pass only one"
             )
         renamed[name] = value
     return renamed
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, int):
-        return (value, value)  # a size in pixels
-    return tuple(value) if isinstance(value, list) else TIMM_POOLS.get(value, value)
 
 
 def takes_names(names: dict[str, str]) -> Callable:
@@ -111,10 +103,3 @@ def patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tupl
             "resize or pad the image, or choose another patch size"
         )
     return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
-
-
-def check_floating(images: Tensor) -> None:
-    """Raise a UserError unless `images` is a floating-point tensor."""
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, Tensor) else f"a {type(images).__name__}"
-        raise UserError(f"images are {kind}: pass a floating-point tensor; scale bytes by images.float() / 255 first")

@@ -9,14 +9,12 @@ Parameter names and outputs are those of the released code, and state dicts load
 from collections.abc import Sequence
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crate_fast.arguments import (
     TIMM_NAMES,
     check_choice,
-    check_floating,
     check_not_negative,
     check_positive,
     patch_grid,
@@ -37,7 +35,6 @@ _ENCODER_CHOICES = {
     *("pool", "dropout", "emb_dropout", "drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path_rate"),
     *("head_hidden", "dynamic_img_size", "backend"),
 }
-torch.fx.wrap("check_images")  # imported: `torch.fx` wraps the names of one module
 _PIXEL_EPS = 1e-6  # added to a patch's variance
 
 
@@ -80,44 +77,6 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers[0](x)
-
-
-@torch.fx.wrap
-def patch_noise(imgs: Tensor, noise: Tensor | None, shape: tuple[int, int, int], n_patches: int) -> Tensor:
-    """Check images and noise; return the noise, if it is None uniform random numbers [B, N]."""
-    with without_tracer_warnings():
-        check_floating(imgs)
-        if imgs.dim() != 4 or tuple(imgs.shape[1:]) != shape:
-            raise UserError(
-                f"images have shape {tuple(imgs.shape)} and the model expects [B, {', '.join(map(str, shape))}]: "
-                "resize them, or build the model with their img_size"
-            )
-        wanted = (imgs.shape[0], n_patches)
-        if noise is not None and tuple(noise.shape) != wanted:
-            raise UserError(f"noise has shape {tuple(noise.shape)}: pass one number per patch, {list(wanted)}")
-    if noise is not None:
-        return noise
-    return imgs.new_empty(wanted, dtype=torch.get_default_dtype()).uniform_()
-
-
-@torch.fx.wrap
-def kept_patches(n_patches: int, mask_ratio: float) -> int:
-    """Return `CRATEMAE.kept` for a number of patches."""
-    if not 0 < mask_ratio < 1:
-        raise UserError(f"mask_ratio={mask_ratio}: it must be above 0 and below 1, such as 0.75")
-    count = int(n_patches * (1 - mask_ratio))
-    if not 0 < count < n_patches:
-        raise UserError(
-            f"mask_ratio={mask_ratio} leaves {count} of {n_patches} patches visible: choose a ratio that leaves "
-            "at least one patch visible and one masked, such as 0.75"
-        )
-    return count
-
-
-@torch.fx.wrap
-def at_least_float(values: Tensor) -> Tensor:
-    """Convert `values` to fp32 unless they are float64."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 class CRATEMAE(nn.Module):
@@ -267,11 +226,6 @@ class CRATEMAE(nn.Module):
         pixels = patches.unflatten(2, (height, width, self.channels)).unflatten(1, (rows, columns))
         return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
-    def can_mask(self, mask_ratio: float) -> bool:
-        """Return True if the ratio leaves at least one patch visible and one masked."""
-        n_patches = self.grid_size[0] * self.grid_size[1]
-        return 0 < mask_ratio < 1 and 0 < int(n_patches * (1 - mask_ratio)) < n_patches
-
     def kept(self, mask_ratio: float) -> int:
         """Return the number of visible patches, int(N·(1 − mask_ratio)).
 
@@ -280,7 +234,16 @@ class CRATEMAE(nn.Module):
         Raises:
             UserError: No patch, or every patch, would be visible.
         """
-        return kept_patches(self.grid_size[0] * self.grid_size[1], mask_ratio)
+        n_patches = self.grid_size[0] * self.grid_size[1]
+        if not 0 < mask_ratio < 1:
+            raise UserError(f"mask_ratio={mask_ratio}: it must be above 0 and below 1, such as 0.75")
+        count = int(n_patches * (1 - mask_ratio))
+        if not 0 < count < n_patches:
+            raise UserError(
+                f"mask_ratio={mask_ratio} leaves {count} of {n_patches} patches visible: choose a ratio that leaves "
+                "at least one patch visible and one masked, such as 0.75"
+            )
+        return count
 
     def reconstruction(self, imgs: Tensor, pred: Tensor) -> Tensor:
         """Return the predicted pixels as images [B, channels, height, width].
@@ -324,8 +287,13 @@ class CRATEMAE(nn.Module):
             (tokens, order). Tokens after the last LayerNorm, CLS first: [B, N + 1, C], or with `visible_only` only
             the visible patches, in the order of `order`. Order [B, N]: patch indices, visible patches first.
         """
-        n_patches = self.grid_size[0] * self.grid_size[1]
-        noise = patch_noise(imgs, noise, (self.channels, *self.image_size), n_patches)
+        check_images(imgs, self.channels, self.patch_size, self.image_size, any_size=False)
+        shape = (imgs.shape[0], self.grid_size[0] * self.grid_size[1])
+        if noise is None:
+            noise = imgs.new_empty(shape, dtype=torch.get_default_dtype()).uniform_()
+        with without_tracer_warnings():
+            if tuple(noise.shape) != shape:
+                raise UserError(f"noise has shape {tuple(noise.shape)}: pass one number per patch, {list(shape)}")
         kept, order = self.kept(mask_ratio), noise.argsort(dim=1, stable=True)
         patches, cls = self.patch_embed(imgs), self.cls_token.expand(imgs.shape[0], -1, -1)
         if self.visible_only:
@@ -356,7 +324,8 @@ class CRATEMAE(nn.Module):
             pred: [B, N, p·p·channels].
             mask: [B, N], 1 where masked.
         """
-        target = at_least_float(self.patchify(imgs))
+        target = self.patchify(imgs)
+        target = target if target.dtype == torch.float64 else target.float()
         if self.norm_pix_loss:
             mean, deviation = _patch_statistics(target)
             target = (target - mean) / deviation

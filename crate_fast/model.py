@@ -14,7 +14,6 @@ from crate_fast.arguments import (
     TIMM_NAMES,
     TIMM_POOLS,
     check_choice,
-    check_floating,
     check_not_negative,
     check_positive,
     check_rates,
@@ -82,7 +81,9 @@ def check_images(
     """Raise a UserError unless the model accepts these images. TorchScript skips the check."""
     if not torch.jit.is_scripting():
         with without_tracer_warnings():
-            check_floating(images)
+            if not isinstance(images, Tensor) or not images.is_floating_point():
+                kind = images.dtype if isinstance(images, Tensor) else f"a {type(images).__name__}"
+                raise UserError(f"images are {kind}: pass a floating-point tensor; for bytes, images.float() / 255")
             if images.dim() != 4 or images.shape[1] != channels:
                 raise UserError(f"images have shape {tuple(images.shape)}: pass [B, {channels}, height, width]")
             size = (images.shape[2], images.shape[3])
@@ -90,8 +91,8 @@ def check_images(
                 patch_grid(size, patch_size)
             elif size != image_size:
                 raise UserError(
-                    f"images are {size[0]}×{size[1]} and the model expects {image_size[0]}×{image_size[1]}: "
-                    f"resize them, call set_input_size({size}), or build the model with dynamic_img_size=True"
+                    f"images are {size[0]}×{size[1]} and the model expects {image_size[0]}×{image_size[1]}: resize "
+                    f"them, or build the model for them (CRATE: set_input_size({size}) or dynamic_img_size=True)"
                 )
 
 

@@ -28,7 +28,6 @@ _AUTOENCODERS = {
 }
 _ALPHA_HUB = "UCSC-VLAA/CRATE-alpha"
 _TO_TIMM = {ours: timms for timms, ours in TIMM_NAMES.items()}
-_DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "drop_path_rate")
 
 
 # --- timm's registry ---
@@ -166,10 +165,10 @@ def create_mae(name: str, pretrained: bool = False, checkpoint_path: str = "", *
         name: "crate_mae_tiny_patch16_224", or small, base or large.
         pretrained: Must be False: there are no weights to download.
         checkpoint_path: Weight file to load strictly; none if empty.
-        **kwargs: Arguments of `CRATEMAE`; they override those of the size.
+        **kwargs: Arguments of `CRATEMAE`, which has neither classifier nor dropout; they override those of the size.
 
     Raises:
-        UserError: There is no such autoencoder, or a classifier or dropout is requested.
+        UserError: There is no such autoencoder.
 
     >>> create_mae("crate_mae_tiny_patch16_224", depth=1, decoder_depth=1).embed_dim
     384
@@ -178,15 +177,6 @@ def create_mae(name: str, pretrained: bool = False, checkpoint_path: str = "", *
         raise UserError(f"{name!r} is not a CRATE-MAE: choose one of {', '.join(_AUTOENCODERS)}")
     if pretrained:
         raise UserError(f"pretrained=True: no weights of {name} can be downloaded; pass a file as checkpoint_path")
-    if kwargs.pop("features_only", False):
-        encoder = MAE_ENCODER + name.removeprefix(MAE)
-        raise UserError(f"features_only=True: {name} predicts pixels; for features create {encoder}")
-    absent = {name: kwargs.pop(name) for name in ("num_classes", *_DROP_RATES) if name in kwargs}
-    if any(absent.values()):
-        raise UserError(
-            f"{', '.join(f'{name}={value}' for name, value in absent.items() if value)}: CRATE-MAE has neither "
-            "classifier nor dropout; pass these to its method encoder()"
-        )
     model = _AUTOENCODERS[name](**kwargs)
     return load_weights(model, checkpoint_path) if checkpoint_path else model
 

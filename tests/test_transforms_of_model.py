@@ -208,7 +208,7 @@ def test_autoencoders_are_compiled_traced_exported_and_differentiated(visible_on
     exported = torch.export.export(Fixed(), example, dynamic_shapes=(batch, batch)).module()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     _close(compiled(images, noise=noise), expected)
-    for module in (torch.fx.symbolic_trace(Fixed()), torch.jit.trace(Fixed(), example), exported):
+    for module in (torch.jit.trace(Fixed(), example), exported):
         _close(module(images, noise), expected)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 

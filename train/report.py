@@ -146,7 +146,8 @@ def _shown(split: Dataset, classes: Sequence[str]) -> tuple[list[tuple], Tensor,
 def _draw_reconstructions(trainer: Trainer, model: CRATEMAE) -> None:
     config = trainer.config
     _, images, titles = _shown(trainer.data.val, trainer.data.classes)
-    ratios = sorted({config.mask_ratio, *(ratio for ratio in RATIOS if model.can_mask(ratio))})
+    n_patches = model.grid_size[0] * model.grid_size[1]
+    ratios = sorted({config.mask_ratio, *(ratio for ratio in RATIOS if 0 < int(n_patches * (1 - ratio)) < n_patches)})
     path = trainer.run.folder / "reconstruction.png"
     reconstruction_figure(model, images, trainer.normalize, [path], ratios, config.seed, titles)
 
