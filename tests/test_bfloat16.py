@@ -35,8 +35,8 @@ compress, ista, subspace_attention = (
 )
 
 
-def norm_ista(x, weight, bias, dictionary):
-    return ista(x, dictionary, norm=(weight, bias, 1e-5))
+def norm_ista(x, weight, bias, dictionary, **options):
+    return ista(x, dictionary, norm=(weight, bias, 1e-5), **options)
 
 
 def _size(on_gpu: int, on_cpu: int) -> int:
