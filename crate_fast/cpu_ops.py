@@ -32,24 +32,6 @@ from torch.utils.flop_counter import register_flop_formula
 from crate_fast.backends import own_operators_fit, refuse_double_backward, without_autocast
 from crate_fast.settings import onednn_wanted
 
-__all__ = [
-    "cpu_linear",
-    "cpu_subspace_attention",
-    "linear",
-    "mkl_is_slow",
-    "multiplies_bf16",
-    "onednn_product",
-    "onednn_suits_processor",
-    "processor_family",
-    "processor_name",
-    "processor_vendor",
-    "product",
-    "serves",
-    "serves_attention",
-    "uses_onednn",
-    "uses_onednn_alone",
-]
-
 _ONEDNN_BUILT = torch.backends.mkldnn.is_available()
 ROW_BLOCK_ELEMENTS = 2**20  # logits of one head in memory, 4 MiB: they stay in the last-level cache
 GROUP_ELEMENTS = {torch.float32: 2**18, torch.bfloat16: 2**20}  # logits of several heads in memory: 1, 2 MiB

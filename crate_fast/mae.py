@@ -96,9 +96,7 @@ class CRATEMAE(nn.Module):
         embed_dim: Token width C; a multiple of 4 and of `num_heads`.
         depth: Number of encoder layers.
         num_heads: Number of heads H.
-        decoder_embed_dim: Width of the decoder; `embed_dim` if None. Another width needs `visible_only`.
         decoder_depth: Number of decoder layers; `depth` if None.
-        decoder_num_heads: Number of heads of the decoder; `num_heads` if None.
         norm_pix_loss: Predict pixels normalised by the mean and standard deviation of their patch.
         visible_only: See above.
         ista: Step size η.
@@ -125,9 +123,7 @@ class CRATEMAE(nn.Module):
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
-        decoder_embed_dim: int | None = None,
         decoder_depth: int | None = None,
-        decoder_num_heads: int | None = None,
         norm_pix_loss: bool = False,
         visible_only: bool = False,
         ista: float = 0.1,
@@ -137,25 +133,13 @@ class CRATEMAE(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        decoder_embed_dim = embed_dim if decoder_embed_dim is None else decoder_embed_dim
         decoder_depth = depth if decoder_depth is None else decoder_depth
-        decoder_num_heads = num_heads if decoder_num_heads is None else decoder_num_heads
-        check_positive(in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-        check_positive(
-            decoder_embed_dim=decoder_embed_dim, decoder_depth=decoder_depth, decoder_num_heads=decoder_num_heads
-        )
+        check_positive(in_chans=in_chans, embed_dim=embed_dim, num_heads=num_heads)
+        check_positive(depth=depth, decoder_depth=decoder_depth)
         check_not_negative(ista=ista, sparsity=sparsity)
         check_choice("backend", backend, BACKENDS)
-        for width, heads, prefix in ((embed_dim, num_heads, ""), (decoder_embed_dim, decoder_num_heads, "decoder_")):
-            if width % heads:
-                raise UserError(
-                    f"{prefix}embed_dim={width} is not a multiple of {prefix}num_heads={heads}: change one of them"
-                )
-        if decoder_embed_dim != embed_dim and not visible_only:
-            raise UserError(
-                f"decoder_embed_dim={decoder_embed_dim} and embed_dim={embed_dim}: mask tokens pass through the "
-                "encoder, so both must be equal; pass visible_only=True for another decoder width"
-            )
+        if embed_dim % num_heads:
+            raise UserError(f"embed_dim={embed_dim} is not a multiple of num_heads={num_heads}: change one of them")
         self.image_size, self.patch_size = size_pair("img_size", img_size), size_pair("patch_size", patch_size)
         self.grid_size = patch_grid(self.image_size, self.patch_size)
         self.channels = self.in_chans = in_chans
@@ -165,17 +149,17 @@ class CRATEMAE(nn.Module):
         self.grad_checkpointing = False
         place = {"device": device, "dtype": dtype}
 
-        def attention(width: int, heads: int) -> PreNorm:
-            return PreNorm(width, MSSA(width, heads, width // heads, backend=backend, **place), **place)
+        def attention() -> PreNorm:
+            mssa = MSSA(embed_dim, num_heads, embed_dim // num_heads, backend=backend, **place)
+            return PreNorm(embed_dim, mssa, **place)
 
         def encoder_layer() -> Layer:
             sparsify = ISTA(embed_dim, ista, sparsity, backend=backend, **place)
-            return Layer(attention(embed_dim, num_heads), PreNorm(embed_dim, sparsify, **place))
+            return Layer(attention(), PreNorm(embed_dim, sparsify, **place))
 
         def decoder_layer() -> DecoderLayer:
-            width = decoder_embed_dim
-            decode = PreNorm(width, Dictionary(width, **place), **place)
-            return DecoderLayer(decode, attention(width, decoder_num_heads))
+            decode = PreNorm(embed_dim, Dictionary(embed_dim, **place), **place)
+            return DecoderLayer(decode, attention())
 
         n_tokens = 1 + self.grid_size[0] * self.grid_size[1]
         self.patch_embed = _PatchEmbed(self.patch_size, in_chans, embed_dim, **place)
@@ -183,14 +167,12 @@ class CRATEMAE(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, n_tokens, embed_dim, **place), requires_grad=False)
         self.blocks = nn.ModuleList([_Block(encoder_layer()) for _ in range(depth)])
         self.norm = nn.LayerNorm(embed_dim, eps=_NORM_EPS, **place)
-        self.decoder_embed = Linear(embed_dim, decoder_embed_dim, **place).requires_grad_(visible_only)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim, **place))
-        self.decoder_pos_embed = nn.Parameter(
-            torch.empty(1, n_tokens, decoder_embed_dim, **place), requires_grad=False
-        )
+        self.decoder_embed = Linear(embed_dim, embed_dim, **place).requires_grad_(visible_only)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim, **place))
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, n_tokens, embed_dim, **place), requires_grad=False)
         self.decoder_blocks = nn.ModuleList([_Block(decoder_layer()) for _ in range(decoder_depth)])
-        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=_NORM_EPS, **place)
-        self.decoder_pred = Linear(decoder_embed_dim, in_chans * self.patch_size[0] * self.patch_size[1], **place)
+        self.decoder_norm = nn.LayerNorm(embed_dim, eps=_NORM_EPS, **place)
+        self.decoder_pred = Linear(embed_dim, in_chans * self.patch_size[0] * self.patch_size[1], **place)
         self.reset_parameters()
 
     @torch.no_grad()

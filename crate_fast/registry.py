@@ -16,8 +16,6 @@ from crate_fast.errors import UserError
 from crate_fast.mae import CRATEMAE, ENCODER_OPTIONS, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny
 from crate_fast.model import ALPHA_OPTIONS, CRATE
 
-__all__ = ["MAE", "MAE_ENCODER", "create_mae", "create_model", "is_mae", "is_model", "model_names"]
-
 MAE, MAE_ENCODER = "crate_mae_", "crate_mae_encoder_"  # prefixes of autoencoders, and of their encoders as CRATE
 
 _AUTOENCODERS = {

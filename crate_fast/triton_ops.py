@@ -12,8 +12,6 @@ from crate_fast.backends import refuse_double_backward, without_autocast
 from crate_fast.self_check import checked
 from crate_fast.settings import fused_products_wanted
 
-__all__ = ["compression_fwd", "fold", "given", "ista_fwd", "nothing", "subspace_attention_fwd"]
-
 # Triton is imported only when a kernel runs: the operators import crate_fast.kernels in their bodies.
 
 

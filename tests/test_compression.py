@@ -224,7 +224,7 @@ def test_the_layers_of_a_decoder_are_fused_and_compute_the_same(device, monkeypa
     calls = _count(monkeypatch, "compress")
     for backend in ("torch", "triton"):
         torch.manual_seed(1)
-        model = CRATEMAE(**sizes, decoder_embed_dim=48, decoder_depth=2, decoder_num_heads=3, backend=backend)
+        model = CRATEMAE(**sizes, decoder_depth=2, backend=backend)
         model = model.to(device)
         loss, pred, _ = model(images, noise=noise)
         loss.backward()
