@@ -21,7 +21,7 @@ if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os
     os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 # Commands import torch and timm only when needed, so that `--help` is immediate.
-_IS_COMMAND = Path(sys.argv[0]).stem == "crate-fast" or {"crate_fast.cli", "crate_fast.env"} & {*sys.orig_argv}
+_IS_COMMAND = Path(sys.argv[0]).stem == "crate-fast" or "crate_fast.cli" in sys.orig_argv
 
 if TYPE_CHECKING or not _IS_COMMAND:
     from crate_fast.mae import CRATEMAE, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny

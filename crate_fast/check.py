@@ -140,6 +140,3 @@ def _check(options: argparse.Namespace) -> int:
 
 
 main = main_of("check", _check)
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Versions, devices and backends of this machine (`python -m crate_fast.env`), and the provenance of results.
+"""Versions, devices and backends of this machine (`crate-fast env`), and the provenance of results.
 
 The functions import PyTorch themselves, which takes seconds, so that the command can print the versions first.
 """
@@ -35,7 +35,7 @@ def _version(package: str) -> str:
 
 
 def describe() -> Iterator[tuple[str, str]]:
-    """Yield name and value of each line of `python -m crate_fast.env`: versions, devices, backends."""
+    """Yield name and value of each line of `crate-fast env`: versions, devices, backends."""
     yield "python", platform.python_version()
     yield "platform", platform.platform()
     for name in _PACKAGES:
@@ -143,6 +143,3 @@ def _print_facts(_options: argparse.Namespace) -> None:
 
 
 main = main_of("env", _print_facts)
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,7 +18,6 @@ import argparse
 import copy
 import io
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -352,6 +351,3 @@ def _export(options: argparse.Namespace) -> None:
 
 
 main = main_of("export", _export)
-
-if __name__ == "__main__":
-    sys.exit(main())

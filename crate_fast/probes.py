@@ -268,7 +268,7 @@ def run_probe(probe: Probe, device: torch.device | str, reruns: int = 20) -> dic
 
     Returns:
         name, kernel, launched (names of the kernels), dtype, shape; outputs (by name: rms, max, allowed_rms,
-        allowed_max, share); share of the worst output; reruns and reruns_equal; first_call_s and seconds; status:
+        allowed_max, share); share of the worst output; reruns and reruns_equal; seconds; status:
         "right", "wrong", or "failed: " and the error in one line.
     """
     device = torch.device(device)
@@ -297,12 +297,8 @@ def _built(probe: Probe, precision: str, sizes: tuple[int, ...], device: torch.d
 
 def _judged(problem: Problem, reruns: int) -> dict[str, object]:
     """Run the kernels and compare their results with float64 and with their reruns."""
-    start = time.perf_counter()
     with _recorded_launches() as launched:
         actual = problem.results(problem.ours)
-    if problem.grad.device.type == "cuda":
-        torch.cuda.synchronize(problem.grad.device)
-    first_call_s = time.perf_counter() - start
     same = torch.ones((), dtype=torch.bool, device=problem.grad.device)
     for _ in range(reruns):
         again = problem.results(problem.ours)
@@ -317,7 +313,6 @@ def _judged(problem: Problem, reruns: int) -> dict[str, object]:
         "outputs": {name: _numbers(judgement) for name, judgement in judged.items()},
         "share": _numbers(worst)["share"],
         "reruns_equal": bool(same),
-        "first_call_s": round(first_call_s, 3),
     }
 
 
