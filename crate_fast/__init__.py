@@ -24,7 +24,7 @@ if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os
 _IS_COMMAND = Path(sys.argv[0]).stem == "crate-fast" or "crate_fast.cli" in sys.orig_argv
 
 if TYPE_CHECKING or not _IS_COMMAND:
-    from crate_fast.mae import CRATEMAE, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny
+    from crate_fast.mae import CRATEMAE
     from crate_fast.model import (
         CRATE,
         CRATE_alpha_base,
@@ -40,10 +40,6 @@ if TYPE_CHECKING or not _IS_COMMAND:
 __all__ = [
     "CRATE",
     "CRATEMAE",
-    "CRATEMAE_base",
-    "CRATEMAE_large",
-    "CRATEMAE_small",
-    "CRATEMAE_tiny",
     "CRATE_alpha_base",
     "CRATE_alpha_large",
     "CRATE_base",

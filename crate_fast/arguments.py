@@ -53,17 +53,14 @@ def rename_arguments(arguments: dict[str, Any], names: dict[str, str]) -> dict[s
     return renamed
 
 
-def takes_names(names: dict[str, str]) -> Callable:
-    """Return a decorator: the constructor also accepts arguments under other names (see `rename_arguments`)."""
+def takes_timm_names(init: Callable) -> Callable:
+    """Make a constructor accept arguments under timm's names too."""
 
-    def decorate(init: Callable) -> Callable:
-        @functools.wraps(init)
-        def renaming(self, *args, **arguments):
-            init(self, *args, **rename_arguments(arguments, names))
+    @functools.wraps(init)
+    def renaming(self, **arguments):
+        init(self, **rename_arguments(arguments, TIMM_NAMES))
 
-        return renaming
-
-    return decorate
+    return renaming
 
 
 def head_width(dim: int, heads: int) -> int:

@@ -20,15 +20,12 @@ from crate_fast.arguments import (
     patch_grid,
     rename_arguments,
     size_pair,
-    takes_names,
 )
 from crate_fast.backends import BACKENDS, without_tracer_warnings
 from crate_fast.errors import UserError
 from crate_fast.layers import ISTA, MSSA, DecoderLayer, Dictionary, Layer, Linear, PreNorm, patches_of
 from crate_fast.model import CRATE, check_images
 
-# Name in CRATE: name here
-_NAMES = {"image_size": "img_size", "channels": "in_chans", "dim": "embed_dim", "heads": "num_heads"}
 _NORM_EPS = 1e-6  # of the last LayerNorm of encoder and decoder
 ENCODER_OPTIONS = {"embed_norm": False, "norm_eps": _NORM_EPS, "sparsity": 0.5}  # of the encoder as a CRATE
 _ENCODER_CHOICES = {
@@ -87,8 +84,6 @@ class CRATEMAE(nn.Module):
     frozen because DDP would wait for its gradient. With `visible_only` both are used, as in MAE: the encoder runs on
     CLS and the visible patches (a quarter of the work at ratio 0.75), and mask tokens are added before the decoder.
 
-    The names of `CRATE` are also accepted: `image_size`, `channels`, `dim` and `heads`.
-
     Args:
         img_size: Height and width of the images in pixels, as one number or two.
         patch_size: Height and width of a patch in pixels, as one number or two; must divide `img_size`.
@@ -113,7 +108,6 @@ class CRATEMAE(nn.Module):
     (torch.Size([2, 16, 192]), tensor([12., 12.]))
     """
 
-    @takes_names(_NAMES)
     def __init__(
         self,
         *,
@@ -433,28 +427,3 @@ def encoder_state_dict(state_dict: dict[str, Tensor], visible_only: bool = False
         elif key.startswith("blocks."):
             found["transformer.layers." + key.removeprefix("blocks.").replace(".layers.0.", ".", 1)] = value
     return found
-
-
-def _released(embed_dim: int, depth: int, num_heads: int, arguments: dict) -> CRATEMAE:
-    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-    return CRATEMAE(**(sizes | rename_arguments(arguments, _NAMES)))
-
-
-def CRATEMAE_tiny(**kwargs) -> CRATEMAE:
-    """Build CRATE-MAE-T: width 384, 12 + 12 layers, 6 heads, patch 16 at 224 px; 11.56 M parameters."""
-    return _released(384, 12, 6, kwargs)
-
-
-def CRATEMAE_small(**kwargs) -> CRATEMAE:
-    """Build CRATE-MAE-S: width 576, 12 + 12 layers, 12 heads of 48, patch 16 at 224 px; 25.41 M parameters."""
-    return _released(576, 12, 12, kwargs)
-
-
-def CRATEMAE_base(**kwargs) -> CRATEMAE:
-    """Build CRATE-MAE-B: width 768, 12 + 12 layers, 12 heads, patch 16 at 224 px; 44.64 M parameters."""
-    return _released(768, 12, 12, kwargs)
-
-
-def CRATEMAE_large(**kwargs) -> CRATEMAE:
-    """Build CRATE-MAE-L: width 1024, 24 + 24 layers, 16 heads, patch 16 at 224 px; 154.27 M parameters."""
-    return _released(1024, 24, 16, kwargs)

@@ -21,7 +21,7 @@ from crate_fast.arguments import (
     patch_grid,
     rename_arguments,
     size_pair,
-    takes_names,
+    takes_timm_names,
 )
 from crate_fast.backends import BACKENDS, being_written, without_tracer_warnings
 from crate_fast.errors import UserError
@@ -168,7 +168,7 @@ class CRATE(nn.Module):
     num_prefix_tokens = 1
     __jit_unused_properties__ = ("grid_size",)  # TorchScript must not compile it
 
-    @takes_names(TIMM_NAMES)
+    @takes_timm_names
     def __init__(
         self,
         *,

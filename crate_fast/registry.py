@@ -13,17 +13,11 @@ from torch import Tensor, nn
 from crate_fast.arguments import TIMM_NAMES, head_width, rename_arguments
 from crate_fast.checkpoints import adapt_state_dict, load_weights
 from crate_fast.errors import UserError
-from crate_fast.mae import CRATEMAE, ENCODER_OPTIONS, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny
+from crate_fast.mae import CRATEMAE, ENCODER_OPTIONS
 from crate_fast.model import ALPHA_OPTIONS, CRATE
 
 MAE, MAE_ENCODER = "crate_mae_", "crate_mae_encoder_"  # prefixes of autoencoders, and of their encoders as CRATE
 
-_AUTOENCODERS = {
-    "crate_mae_tiny_patch16_224": CRATEMAE_tiny,
-    "crate_mae_small_patch16_224": CRATEMAE_small,
-    "crate_mae_base_patch16_224": CRATEMAE_base,
-    "crate_mae_large_patch16_224": CRATEMAE_large,
-}
 _ALPHA_HUB = "UCSC-VLAA/CRATE-alpha"
 _TO_TIMM = {ours: timms for timms, ours in TIMM_NAMES.items()}
 
@@ -62,6 +56,9 @@ _SIZES = {
     "crate_mae_encoder_large_patch16_224": (16, 1024, 24, 16, ENCODER_OPTIONS),
     **{f"crate_alpha_base_patch{patch}_224": (patch, 768, 12, 12, ALPHA_OPTIONS) for patch in (32, 16, 14, 8)},
     **{f"crate_alpha_large_patch{patch}_224": (patch, 1024, 24, 16, ALPHA_OPTIONS) for patch in (32, 16, 14, 8)},
+}
+_AUTOENCODERS = {  # as their encoders
+    name.replace(MAE_ENCODER, MAE): sizes[1:4] for name, sizes in _SIZES.items() if name.startswith(MAE_ENCODER)
 }
 _EMERGENCE = {f"crate_{size}_patch8_224" for size in ("tiny", "small", "base")}
 # Released weights of CRATE-α: name and tag, file
@@ -175,7 +172,8 @@ def create_mae(name: str, pretrained: bool = False, checkpoint_path: str = "", *
         raise UserError(f"{name!r} is not a CRATE-MAE: choose one of {', '.join(_AUTOENCODERS)}")
     if pretrained:
         raise UserError(f"pretrained=True: no weights of {name} can be downloaded; pass a file as checkpoint_path")
-    model = _AUTOENCODERS[name](**kwargs)
+    sizes = dict(zip(("embed_dim", "depth", "num_heads"), _AUTOENCODERS[name], strict=True))
+    model = CRATEMAE(**(sizes | kwargs))
     return load_weights(model, checkpoint_path) if checkpoint_path else model
 
 
