@@ -190,6 +190,7 @@ def _unreleased(model: CRATE | CRATEMAE) -> str:
             found |= {
                 "odl_residual": (layer.skips_sparsifier, True),
                 "odl_tied": (sparsify.D1 is None, False),
+                "odl_steps": (sparsify.steps, 2),
                 "odl_ratio": (sparsify.D.shape[1] // sparsify.D.shape[0], 4),
                 "ista": (sparsify.step_size, 0.1),
                 "head_hidden": (model.head_hidden, False),

@@ -41,13 +41,13 @@ def sparsify(
 
 @torch.fx.wrap
 def sparsify_overcomplete(
-    x: Tensor, dictionary: Tensor, decoder: Tensor, step_size: float, sparsity: float, backend: str
+    x: Tensor, dictionary: Tensor, decoder: Tensor, step_size: float, sparsity: float, steps: int, backend: str
 ) -> Tensor:
     """Call `odl.odl` as one node of a `torch.fx` graph."""
     if torch.jit.is_scripting():
-        return functional.linear(overcomplete.odl_code(x, dictionary, step_size, sparsity), decoder)
+        return functional.linear(overcomplete.odl_code(x, dictionary, step_size, sparsity, steps), decoder)
     else:
-        return overcomplete.odl(x, dictionary, decoder, step_size, sparsity, backend=backend)
+        return overcomplete.odl(x, dictionary, decoder, step_size, sparsity, steps=steps, backend=backend)
 
 
 def patches_of(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -253,6 +253,7 @@ class ODL(nn.Module):
         ratio: Number of atoms of the dictionary, as a multiple of C.
         step_size: η.
         sparsity: λ (`lmbda` in the released code).
+        steps: Number of ISTA steps, 1 or 2.
         tied: Decode with D; there is no `D1`.
         backend: See `functional.ista`.
         device, dtype: Device and dtype of the parameters.
@@ -264,6 +265,7 @@ class ODL(nn.Module):
         ratio: int = 4,
         step_size: float = 0.1,
         sparsity: float = 0.1,
+        steps: int = 2,
         tied: bool = False,
         backend: str = "auto",
         *,
@@ -273,7 +275,7 @@ class ODL(nn.Module):
         super().__init__()
         self.D = nn.Parameter(torch.empty(dim, ratio * dim, device=device, dtype=dtype))
         self.D1 = None if tied else nn.Parameter(torch.empty(dim, ratio * dim, device=device, dtype=dtype))
-        self.step_size, self.lambd = float(step_size), float(sparsity)
+        self.step_size, self.lambd, self.steps = float(step_size), float(sparsity), steps
         self.backend = backend
         self.reset_parameters()
 
@@ -285,22 +287,22 @@ class ODL(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the decoded code [..., C] of normalised x [..., C]."""
         decoder = self.D if self.D1 is None else self.D1
-        return sparsify_overcomplete(x, self.D, decoder, self.step_size, self.lambd, self.backend)
+        return sparsify_overcomplete(x, self.D, decoder, self.step_size, self.lambd, self.steps, self.backend)
 
     def after_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """Return ODL(norm(x)) [..., C], computed by one operator."""
         decoder, in_front = self.D if self.D1 is None else self.D1, (norm.weight, norm.bias, norm.eps)
         constants = self.step_size, self.lambd
-        return overcomplete.odl(x, self.D, decoder, *constants, norm=in_front, backend=self.backend)
+        return overcomplete.odl(x, self.D, decoder, *constants, steps=self.steps, norm=in_front, backend=self.backend)
 
     def code(self, x: Tensor) -> Tensor:
         """Return the sparse code [..., ratio·C] of normalised x [..., C]."""
-        return overcomplete.odl_code(x, self.D, self.step_size, self.lambd)
+        return overcomplete.odl_code(x, self.D, self.step_size, self.lambd, self.steps)
 
     def extra_repr(self) -> str:
         """Return sizes and constants, for `print(model)`."""
         dim, atoms = self.D.shape
-        return f"dim={dim}, atoms={atoms}, step_size={self.step_size}, sparsity={self.lambd}"
+        return f"dim={dim}, atoms={atoms}, step_size={self.step_size}, sparsity={self.lambd}, steps={self.steps}"
 
 
 class Dictionary(nn.Module):

@@ -146,6 +146,7 @@ class CRATE(nn.Module):
         layer_eps: ε of the layers' LayerNorms; 1e-6 in CRATE-α.
         output_bias: Add a bias to the output projection of attention; CRATE-α has none.
         odl_ratio: Number of atoms of ODL's dictionary, as a multiple of `dim`.
+        odl_steps: Number of ISTA steps of ODL, 1 or 2.
         odl_tied: Decode with the dictionary itself instead of a second one.
         odl_residual: Compute h + ODL(LN h) instead of ODL(LN h).
         dynamic_img_size: Accept all image sizes that are multiples of the patch size; else only `image_size`.
@@ -196,6 +197,7 @@ class CRATE(nn.Module):
         layer_eps: float = 1e-5,
         output_bias: bool = True,
         odl_ratio: int = 4,
+        odl_steps: int = 2,
         odl_tied: bool = False,
         odl_residual: bool = True,
         dynamic_img_size: bool = False,
@@ -217,6 +219,8 @@ class CRATE(nn.Module):
         check_choice("threshold", threshold, THRESHOLDS)
         if sparsifier == "odl" and threshold != "relu":
             raise UserError(f"threshold={threshold!r}: ODL has non-negative codes; use 'relu'")
+        if odl_steps not in (1, 2):
+            raise UserError(f"odl_steps={odl_steps!r}: give 1 or 2")
         check_choice("backend", backend, BACKENDS)
         attn_drop_rate = _specific_rate("attn_drop_rate", attn_drop_rate, dropout)
         mlp_drop_rate = _specific_rate("proj_drop_rate", proj_drop_rate, dropout)
@@ -250,7 +254,7 @@ class CRATE(nn.Module):
             if sparsifier == "ista":
                 return ISTA(dim, ista, sparsity, threshold, backend, **place)
             if sparsifier == "odl":
-                return ODL(dim, odl_ratio, ista, sparsity, odl_tied, backend, **place)
+                return ODL(dim, odl_ratio, ista, sparsity, odl_steps, odl_tied, backend, **place)
             return MLP(dim, 4 * dim if mlp_dim is None else mlp_dim, mlp_drop_rate, **place)
 
         def layer(index: int) -> Layer:

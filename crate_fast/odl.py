@@ -1,4 +1,4 @@
-"""ODL, the sparse-coding block of CRATE-α: two ISTA steps in an overcomplete dictionary D, and a decoder D₁.
+"""ODL, the sparse-coding block of CRATE-α: one or two ISTA steps in an overcomplete dictionary D, and a decoder D₁.
 
     z₁ = relu(ηxD − ηλ),    z₂ = relu(z₁ + ηvD − ηλ) with v = x − z₁Dᵀ,    y = z₂D₁ᵀ
 
@@ -26,13 +26,14 @@ from crate_fast.backends import (
     without_tracer_warnings,
 )
 from crate_fast.cpu_ops import linear
+from crate_fast.errors import UserError
 from crate_fast.functional import check_beside, check_norm, check_tensor
 from crate_fast.self_check import checked
 from crate_fast.triton_ops import given, nothing
 
 
-def odl_code(x: Tensor, dictionary: Tensor, step_size: float = 0.1, sparsity: float = 0.1) -> Tensor:
-    """Return the sparse code z₂ of x [..., K], in plain PyTorch; all entries are at least 0.
+def odl_code(x: Tensor, dictionary: Tensor, step_size: float = 0.1, sparsity: float = 0.1, steps: int = 2) -> Tensor:
+    """Return the sparse code z of x, in plain PyTorch: z₁ or z₂ [..., K], all entries at least 0.
 
     The arguments are those of `odl`.
 
@@ -41,7 +42,9 @@ def odl_code(x: Tensor, dictionary: Tensor, step_size: float = 0.1, sparsity: fl
     """
     shift = step_size * sparsity
     z = F.relu(step_size * linear(x, dictionary.t()) - shift)
-    return F.relu(z + step_size * linear(x - linear(z, dictionary), dictionary.t()) - shift)
+    for _ in range(steps - 1):
+        z = F.relu(z + step_size * linear(x - linear(z, dictionary), dictionary.t()) - shift)
+    return z
 
 
 def odl(
@@ -51,10 +54,11 @@ def odl(
     step_size: float = 0.1,
     sparsity: float = 0.1,
     *,
+    steps: int = 2,
     norm: tuple[Tensor, Tensor, float] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Return y = z₂D₁ᵀ for the code z₂ of x: CRATE-α's block without its residual.
+    """Return y = zD₁ᵀ for the code z of x: CRATE-α's block without its residual.
 
     Args:
         x: Tokens [..., C], normalised unless `norm` is given.
@@ -62,6 +66,7 @@ def odl(
         decoder: D₁ [C, K]; D itself for tied dictionaries.
         step_size: η, at least 0.
         sparsity: λ, at least 0.
+        steps: 1 (y = z₁D₁ᵀ) or 2.
         norm: γ [C], β [C] and ε of a preceding LayerNorm.
         backend: "auto", "triton" or "torch"; see `crate_fast.backends.explain_backend`.
 
@@ -83,6 +88,8 @@ def odl(
         check_tensor("decoder", decoder, f"{list(dictionary.shape)}, as the dictionary", fits)
     check_beside(x, dictionary=dictionary, decoder=decoder)
     check_not_negative(step_size=step_size, sparsity=sparsity)
+    if steps not in (1, 2):
+        raise UserError(f"steps={steps!r}: give 1 or 2")
     gamma, beta, eps = norm or (None, None, 0.0)
     if norm is not None:
         check_norm(x, gamma, beta)
@@ -91,10 +98,12 @@ def odl(
         rows, shift = x.reshape(x.shape[:-1].numel(), x.shape[-1]), step_size * sparsity
         if kernels and norm is not None and autocast_enabled(x.device.type):
             rows = rows.float()  # as PyTorch's LayerNorm does
-        y, *_ = odl_fwd(rows, gamma, beta, dictionary, decoder, step_size, shift, eps, compute_dtype(x), kernels)
+        y, *_ = odl_fwd(
+            rows, gamma, beta, dictionary, decoder, step_size, shift, eps, steps, compute_dtype(x), kernels
+        )
         return y.view(*x.shape[:-1], decoder.shape[0])
     x = x if norm is None else F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
-    return linear(odl_code(x, dictionary, step_size, sparsity), decoder)
+    return linear(odl_code(x, dictionary, step_size, sparsity, steps), decoder)
 
 
 # --- a product with its epilogue ----------------------------------------------------------------------------------
@@ -162,21 +171,22 @@ def odl_fwd(
     step_size: float,
     shift: float,
     eps: float,
+    steps: int,
     dtype: torch.dtype,
     kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute y [M, C] of x [M, C], or of LayerNorm(x) if gamma and beta [C] are given.
 
     Args:
-        x, dictionary, decoder, step_size: See `odl`.
+        x, dictionary, decoder, step_size, steps: See `odl`.
         gamma, beta, eps: Weight, bias and ε of the LayerNorm.
         shift: ηλ.
         dtype: Dtype of products, codes and y.
         kernels: Run the Triton kernels; else the CPU's libraries.
 
     Returns:
-        y, and for backward: mean and 1 / standard deviation of x's rows [M, 1], empty without a LayerNorm; v [M, C],
-        z₁ and z₂ [M, K].
+        y, and for backward: mean and 1 / standard deviation of x's rows [M, 1], empty without a LayerNorm; v [M, C]
+        and z₁ [M, K], empty with one step; the last code [M, K].
     """
     product = partial(_product, kernels)
     with without_autocast(x.device.type):
@@ -185,18 +195,23 @@ def odl_fwd(
             x, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], gamma, beta, eps)
         rows, encode, decode = x.to(dtype), dictionary.to(dtype), decoder.to(dtype)
         transposed = encode.t().contiguous() if kernels else encode.t()  # else copied twice
-        first = product(rows, transposed, step_size, shift=shift)
-        v = product(first, encode, -1.0, add=x, dtype=dtype)
-        code = product(v, transposed, step_size, add=first, shift=shift)
-        return product(code, decode), mean, rstd, v, first, code
+        z = product(rows, transposed, step_size, shift=shift)
+        v, first = rows.new_empty(0), rows.new_empty(0)
+        if steps == 2:
+            first = z
+            v = product(first, encode, -1.0, add=x, dtype=dtype)
+            z = product(v, transposed, step_size, add=first, shift=shift)
+        return product(z, decode), mean, rstd, v, first, z
 
 
 @odl_fwd.register_fake
-def _(x, gamma, beta, dictionary, decoder, step_size, shift, eps, dtype, kernels):
+def _(x, gamma, beta, dictionary, decoder, step_size, shift, eps, steps, dtype, kernels):
     mean, rstd = (x.new_empty(0 if gamma is None else (x.shape[0], 1)) for _ in range(2))
-    y, v = (x.new_empty(x.shape, dtype=dtype) for _ in range(2))
-    first, code = (x.new_empty(x.shape[0], dictionary.shape[1], dtype=dtype) for _ in range(2))
-    return y, mean, rstd, v, first, code
+    v = x.new_empty(x.shape if steps == 2 else 0, dtype=dtype)
+    first, code = (
+        x.new_empty((x.shape[0], dictionary.shape[1]) if there else 0, dtype=dtype) for there in (steps == 2, True)
+    )
+    return x.new_empty(x.shape[0], decoder.shape[0], dtype=dtype), mean, rstd, v, first, code
 
 
 @torch.library.custom_op("crate_fast::odl_bwd", mutates_args=())
@@ -234,12 +249,13 @@ def odl_bwd(
             results[4] = _add_weight_gradient(kernels, grad, code).to(decoder.dtype)
         if not needs_tokens and not needs_dictionary:
             return tuple(results)
-        masked = product(grad, decode.t(), mask=code)
-        add = product(masked, encode, step_size)
-        if needs_dictionary:
-            total = _add_weight_gradient(kernels, v, masked, step_size)
-            total = _add_weight_gradient(kernels, add, first, -1.0, total)
-        masked = product(add, encode.t(), -1.0, add=masked, mask=first)
+        masked, add, total = product(grad, decode.t(), mask=code), None, None
+        if v.numel():  # the second step
+            add = product(masked, encode, step_size)
+            if needs_dictionary:
+                total = _add_weight_gradient(kernels, v, masked, step_size)
+                total = _add_weight_gradient(kernels, add, first, -1.0, total)
+            masked = product(add, encode.t(), -1.0, add=masked, mask=first)
         if needs_dictionary:
             normed = x if gamma is None else F.layer_norm(x, width, gamma, beta, eps)
             total = _add_weight_gradient(kernels, normed.to(dtype), masked, step_size, total)
@@ -262,7 +278,7 @@ def _(grad, x, gamma, beta, mean, rstd, v, first, code, dictionary, decoder, ste
 
 
 def _setup(ctx, inputs, output):
-    x, gamma, beta, dictionary, decoder, ctx.step_size, _, ctx.eps, _, ctx.kernels = inputs
+    x, gamma, beta, dictionary, decoder, ctx.step_size, _, ctx.eps, _, _, ctx.kernels = inputs
     _, *kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*kept)
@@ -271,10 +287,10 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     wanted = list(ctx.needs_input_grad[:5])
     results = odl_bwd(grad, *ctx.saved_tensors, ctx.step_size, ctx.eps, ctx.kernels, wanted)
-    return given(results, wanted, 10)
+    return given(results, wanted, 11)
 
 
 odl_fwd.register_autograd(_backward, setup_context=_setup)
@@ -282,10 +298,10 @@ refuse_double_backward(odl_bwd, "use torch.func.grad or torch.func.hessian, whic
 
 
 @register_flop_formula(torch.ops.crate_fast.odl_fwd)
-def _forward_flops(x, gamma, beta, dictionary, *_, **__) -> int:
-    return 4 * 2 * x[0] * dictionary[0] * dictionary[1]
+def _forward_flops(x, gamma, beta, dictionary, decoder, step_size, shift, eps, steps, *_, **__) -> int:
+    return 2 * steps * 2 * x[0] * dictionary[0] * dictionary[1]
 
 
 @register_flop_formula(torch.ops.crate_fast.odl_bwd)
 def _backward_flops(grad, x, gamma, beta, mean, rstd, v, first, code, dictionary, *_, **__) -> int:
-    return 8 * 2 * x[0] * dictionary[0] * dictionary[1]
+    return (8 if len(v) == 2 else 4) * 2 * x[0] * dictionary[0] * dictionary[1]

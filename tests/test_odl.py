@@ -60,18 +60,23 @@ def backend(request, monkeypatch) -> str:
     ids=str,
 )
 @pytest.mark.parametrize(
-    ("shape", "atoms", "with_norm"),
-    [((2, 17, 48), 192, True), ((130, 16), 64, False), ((33, 48), 16, False), ((1, 80), 320, False)],
+    ("shape", "atoms", "with_norm", "steps"),
+    [
+        *(((2, 17, 48), 192, True, steps) for steps in (1, 2)),
+        ((130, 16), 64, False, 2),
+        ((33, 48), 16, False, 2),
+        *(((1, 80), 320, False, steps) for steps in (1, 2)),
+    ],
     ids=str,
 )
-def test_odl_agrees_with_the_reference(shape, atoms, with_norm, dtype, backend, device, poisoned):
+def test_odl_agrees_with_the_reference(shape, atoms, with_norm, dtype, backend, steps, device, poisoned):
     def ours(x, dictionary, decoder, *channels):
         norm = (*channels, 1e-6) if channels else None
-        return odl.odl(x, dictionary, decoder, norm=norm, backend=backend)
+        return odl.odl(x, dictionary, decoder, steps=steps, norm=norm, backend=backend)
 
     def reference(x, dictionary, decoder, *channels):
         x = F.layer_norm(x, x.shape[-1:], *channels, 1e-6) if channels else x
-        return odl_reference(x, dictionary, decoder)
+        return odl_reference(x, dictionary, decoder, steps=steps)
 
     inputs, names = _inputs(shape, atoms, dtype, device), NAMES
     if with_norm:
@@ -204,7 +209,7 @@ def test_the_kernels_give_the_released_outputs_and_gradients(released, device):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
 
 
-VARIANTS = [{"odl_tied": True}, {"odl_residual": False}]
+VARIANTS = [{"odl_tied": True}, {"odl_steps": 1}, {"odl_residual": False}]
 
 
 def test_variants_are_not_exported():
@@ -235,6 +240,7 @@ def test_every_variant_trains_and_has_a_script_and_a_trace(options):
 def test_bad_input_of_the_operator_is_an_error():
     given = dict(zip(("x", "dictionary", "decoder"), _inputs(), strict=True))
     for message, change in {
+        "steps=3: give 1 or 2": {"steps": 3},
         "step_size=-1.0": {"step_size": -1.0},
         r"dictionary has shape \(47, 192\): pass \[C, K\] = \[48, K\]": {"dictionary": torch.zeros(47, 192)},
         r"decoder has shape \(48, 96\): pass \[48, 192\]": {"decoder": torch.zeros(48, 96)},
@@ -245,15 +251,15 @@ def test_bad_input_of_the_operator_is_an_error():
 
 
 def test_bad_arguments_of_the_model_are_errors():
-    for name, value, remedy in (("threshold", "soft", ""), ("odl_ratio", 0, "")):
+    for name, value, remedy in (("threshold", "soft", ""), ("odl_steps", 3, ": give 1 or 2"), ("odl_ratio", 0, "")):
         with pytest.raises(UserError, match=f"{name}={value!r}{remedy}"):
             _alpha(**{name: value})
 
 
 def test_variants_are_settings_of_training():
-    settings = {"odl_ratio": 2, "odl_tied": True, "odl_residual": False}
+    settings = {"odl_ratio": 2, "odl_steps": 1, "odl_tied": True, "odl_residual": False}
     (layer,) = build_model(TrainConfig(sparsifier="odl", dim=48, depth=1, **settings), 3).transformer.layers
-    assert (layer[1].fn.D.shape, layer[1].fn.D1) == ((48, 96), None)
+    assert (layer[1].fn.D.shape, layer[1].fn.D1, layer[1].fn.steps) == ((48, 96), None, 1)
     assert not layer.skips_sparsifier
 
 

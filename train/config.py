@@ -23,7 +23,7 @@ from crate_fast.errors import CommandParser, UserError, nearest, run_command
 
 RECIPES = Path(__file__).parent / "recipes"
 MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
-FORM = ("residual", "attention", "sparsifier", "odl_ratio", "odl_tied", "odl_residual", "threshold")
+FORM = ("residual", "attention", "sparsifier", "odl_ratio", "odl_steps", "odl_tied", "odl_residual", "threshold")
 SIZES = ("patch_size", "dim", "depth", "heads", "decoder_depth")
 DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "drop_path_rate")  # timm's names
 
@@ -129,6 +129,8 @@ class TrainConfig:
     """Second half of a layer: ista, odl (CRATE-α) or mlp (ablation)."""
     odl_ratio: int | None = None
     """Number of atoms in ODL's dictionary, as a multiple of the token width."""
+    odl_steps: int | None = None
+    """ISTA steps in ODL: 1 or 2."""
     odl_tied: bool | None = None
     """Decode with ODL's encoding dictionary instead of a second one."""
     odl_residual: bool | None = None
@@ -283,10 +285,9 @@ def renamed_settings(values: dict) -> dict:
     """Convert settings of an older version to the current names, with the same meaning.
 
     The old `dropout` acted on attention weights and outputs in CRATE, and before the classifier in timm models.
-    The old `cuda_graphs` changed only the speed; `init_grid` and `odl_steps` had only these values in a useful run.
+    The old `cuda_graphs` changed only the speed, and `init_grid` the reading of `init`.
     """
-    unused = ("init_grid", ""), ("odl_steps", None), ("odl_steps", 2)
-    values = {name: value for name, value in values.items() if name != "cuda_graphs" and (name, value) not in unused}
+    values = {name: value for name, value in values.items() if name not in ("cuda_graphs", "init_grid")}
     if "dropout" not in values:
         return values
     ours = str(values.get("model", TrainConfig.model)).startswith("crate_")
