@@ -119,7 +119,7 @@ def test_heads_figure_pages_and_files(tmp_path, capsys, monkeypatch):
     results = _run(tmp_path / "one", "--limit", "3")
     names = {path.name for path in (tmp_path / "one").iterdir()}
     pages = {f"attention_0{page}.{suffix}" for page in (1, 2) for suffix in ("png", "pdf")}
-    assert names == pages | {"attention.npz", "attention.md", "attention.csv", "attention.tex", "results.json"}
+    assert names == pages | {"attention.npz", "attention.md", "attention.csv", "results.json"}
     with np.load(tmp_path / "one" / "attention.npz") as maps:
         assert sorted(maps) == ["0", "1", "2"]
         assert maps["2"].shape == (2, 4, 4)

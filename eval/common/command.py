@@ -88,12 +88,8 @@ class Evaluation:
         return paths
 
     def write_table(self, name: str, rows: Sequence[dict], digits: int = 3, show: bool = True) -> None:
-        """Write a table in three formats, and print it."""
-        texts = {
-            "md": files.markdown_table(rows, digits),
-            "csv": files.csv_table(rows),
-            "tex": files.latex_table(rows, digits),
-        }
+        """Write a table as Markdown and CSV, and print it."""
+        texts = {"md": files.markdown_table(rows, digits), "csv": files.csv_table(rows)}
         for suffix, text in texts.items():
             self.written.append(self.folder / f"{name}.{suffix}")
             files.write_file(self.written[-1], text)

@@ -1,4 +1,4 @@
-"""Files of an evaluation: tables in three formats, settings, and records for resuming."""
+"""Files of an evaluation: tables, settings, and records for resuming."""
 
 import csv
 import io
@@ -11,24 +11,9 @@ from pathlib import Path
 from crate_fast.errors import UserError
 from crate_fast.train.checkpoint import write_text
 
-_LATEX = str.maketrans(
-    {sign: "\\" + sign for sign in "&%_#${}"}
-    | {"–": "--", "−": "$-$", "…": r"\dots", "\\": r"\textbackslash{}"}
-    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-)
-
 
 def _columns(rows: Sequence[dict]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def _cells(rows: Sequence[dict], digits: int) -> list[list[str]]:
-    """Return the rows as text; a missing value becomes –."""
-
-    def cell(value: object) -> str:
-        return "–" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-
-    return [[cell(row.get(name)) for name in _columns(rows)] for row in rows]
 
 
 def markdown_table(rows: Sequence[dict], digits: int = 3) -> str:
@@ -40,8 +25,13 @@ def markdown_table(rows: Sequence[dict], digits: int = 3) -> str:
     | A | 0.500 |
     | B | – |
     """
+
+    def cell(value: object) -> str:
+        text = "–" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+        return text.replace("|", "\\|")
+
     columns = _columns(rows)
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in _cells(rows, digits)]
+    lines = [[cell(row.get(name)) for name in columns] for row in rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in [columns, ["---"] * len(columns), *lines])
 
 
@@ -52,16 +42,6 @@ def csv_table(rows: Sequence[dict]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def latex_table(rows: Sequence[dict], digits: int = 3) -> str:
-    """Format rows as a LaTeX `tabular` for the booktabs package."""
-    columns = _columns(rows)
-    head, *body = (
-        " & ".join(cell.translate(_LATEX) for cell in line) + r" \\" for line in [columns, *_cells(rows, digits)]
-    )
-    begin = rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}"
-    return "\n".join([begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def make_folder(folder: Path) -> Path:
