@@ -166,7 +166,6 @@ def _maskcut() -> argparse.ArgumentParser:
     add("--layer", type=int, help=_LAYER)
     add("--num-objects", type=positive, default=3, help="maximum number of objects per image; default 3")
     add("--tau", type=float, default=0.15, help="patches are linked above this cosine; default 0.15")
-    add("--crf", action="store_true", help="refine masks with a DenseCRF (pip install 'crate_fast[crf]')")
     add("--figure-images", type=positive, default=12, help="images in the figure; default 12")
     return parser
 

@@ -2,16 +2,14 @@
 
     masks, residuals, solvers = maskcut(features)                       # the algorithm
     crate-fast eval maskcut MODEL --data coco:PATH                      # a data set, with AP and AR
-    torchrun --nproc_per_node 4 -m crate_fast.eval.maskcut MODEL --data coco:PATH
 
-The command writes one record per image to its output folder and resumes from these, with any number of processes.
+The command writes one record per image to its output folder, and resumes from these.
 """
 
 import argparse
 import itertools
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +34,6 @@ from crate_fast.eval.common.results import Records
 from crate_fast.functional import linear
 from crate_fast.options import main_of
 from crate_fast.train.checkpoint import write_text
-from crate_fast.train.distributed import process_group
 
 EPSILON = 1e-5  # affinity of patches that are not linked
 _LARGEST_OVERLAP, _SMALLEST_SHARE = 0.5, 0.01  # IoU with the previous mask; share of the grid
@@ -182,11 +179,9 @@ def _worth_keeping(mask: Tensor, previous: Tensor) -> bool:
     return bool(overlap <= _LARGEST_OVERLAP) and float(mask.float().mean()) > _SMALLEST_SHARE
 
 
-def check(loaded: LoadedModel, images: Dataset, num_objects: int = 3, tau: float = 0.15, crf: bool = False) -> None:
+def check(loaded: LoadedModel, images: Dataset, num_objects: int = 3, tau: float = 0.15) -> None:
     """Raise a `UserError` for bad settings of `detect`, a single patch, or annotations without an object."""
     require("pycocotools", "scipy")
-    if crf:
-        coco.require_crf()
     _check(math.prod(loaded.extract.grid), num_objects, tau)
     if isinstance(images, CocoImages):  # a scene always has an object
         coco.require_objects(images.coco, images.keys())
@@ -198,14 +193,12 @@ def detect(
     layers: Sequence[int],
     num_objects: int = 3,
     tau: float = 0.15,
-    crf: bool = False,
     **reading,
 ) -> Iterator[dict]:
     """Run MaskCut on a data set, for several layers in one pass of the model.
 
     Args:
         num_objects, tau: See `maskcut`. Other arguments: see `crate_fast.eval`.
-        crf: Refine masks by `coco.refine`, at the model's image size.
 
     Yields:
         For each image: "image_id"; "layers", layer → "detections" (COCO results), "residuals" and "solvers".
@@ -214,13 +207,10 @@ def detect(
         features = loaded.features(batch.images, layers)
         cuts = {layer: maskcut(features.keys(layer), num_objects, tau, grid=features.grid) for layer in layers}
         for row, sample in enumerate(batch.samples):
-            picture = sample.image.permute(1, 2, 0).numpy()
             record = {"image_id": sample.key, "layers": {}}
             for layer, cut in cuts.items():
                 masks = cut.masks[row][cut.masks[row].flatten(1).any(dim=1)].numpy()
-                masks = coco.enlarge(masks, picture.shape[:2], Image.Resampling.NEAREST)
-                if crf:
-                    masks = [fine for mask in masks if (fine := coco.refine(mask, picture)) is not None]
+                masks = coco.enlarge(masks, tuple(sample.image.shape[1:]), Image.Resampling.NEAREST)
                 masks = coco.enlarge(masks, sample.size, Image.Resampling.BICUBIC)
                 known = cut.solvers[row] >= 0
                 record["layers"][layer] = {
@@ -290,39 +280,22 @@ def _figure(images: Dataset, records: dict, layer: int, paths: list[Path], shown
 
 
 def _command(options: argparse.Namespace) -> None:
-    with process_group(options.device) as processes:
-        options.device = str(processes.device)
-        settings = {"num_objects": options.num_objects, "tau": options.tau, "crf": options.crf}
-        (loaded,) = open_models(options)
-        layer = loaded.extract.resolve_layer(options.layer)
-        images = open_data(options, loaded)
-        check(loaded, images, **settings)
-        evaluation = Evaluation("maskcut", options, [loaded])
-        decisive = {**loaded.facts, "data": options.data, "layer": layer, **settings, "format": _FORMAT}
-        refusal = ""
-        try:
-            records = Records(evaluation.folder / "records", decisive, processes.rank)
-        except ValueError as error:  # on rank 0
-            refusal = str(error)
-        if refusal := processes.agree(refusal):  # all ranks raise, so that none waits
-            raise UserError(refusal)
-        done = records.read()
-        processes.wait()  # no rank writes before all ranks have read the records
-        todo = [index for index, key in enumerate(images.keys()) if key not in done]
-        mine = Subset(images, todo[processes.rank :: processes.world_size])
-        if processes.first and len(todo) < len(images):
-            print(f"{len(images) - len(todo)} of {len(images)} images were done before: {evaluation.folder}")
-        reading = evaluation.reading("maskcut" if processes.first else None)
-        records.append(detect(loaded, mine, [layer], **settings, allow_none=True, **reading))
-        evaluation.problems = [line for part in processes.gather(evaluation.problems) for line in part]
-        if processes.first:
-            _finish(evaluation, images, records.read(), layer)
-        processes.wait()
-
-
-def _finish(evaluation: Evaluation, images: Dataset, records: dict, layer: int) -> None:
-    """Score all records, draw the figure, and write and print the results."""
-    found = [records[key] for key in images.keys() if key in records]  # noqa: SIM118
+    settings = {"num_objects": options.num_objects, "tau": options.tau}
+    (loaded,) = open_models(options)
+    layer = loaded.extract.resolve_layer(options.layer)
+    images = open_data(options, loaded)
+    check(loaded, images, **settings)
+    evaluation = Evaluation("maskcut", options, [loaded])
+    decisive = {**loaded.facts, "data": options.data, "layer": layer, **settings, "format": _FORMAT}
+    records = Records(evaluation.folder / "records", decisive)
+    done = records.read()
+    todo = [index for index, key in enumerate(images.keys()) if key not in done]
+    if len(todo) < len(images):
+        print(f"{len(images) - len(todo)} of {len(images)} images were done before: {evaluation.folder}")
+    reading = evaluation.reading("maskcut") | settings
+    records.append(detect(loaded, Subset(images, todo), [layer], allow_none=True, **reading))
+    done = records.read()
+    found = [done[key] for key in images.keys() if key in done]  # noqa: SIM118
     if not found:
         raise UserError(f"none of the {len(images)} images could be read; first problem: {evaluation.problems[0]}")
     for record in found:
@@ -332,18 +305,15 @@ def _finish(evaluation: Evaluation, images: Dataset, records: dict, layer: int) 
     write_text(evaluation.folder / "detections.json", json.dumps(detections) + "\n")
     evaluation.written.append(evaluation.folder / "detections.json")
     counts = {name: numbers[name] for name in ("images", "detections")}
-    row = {"model": evaluation.models[0].label, "layer": layer, **counts, **in_percent(numbers)}
-    evaluation.write_table("table", [row], digits=2)
+    evaluation.write_table(
+        "table", [{"model": loaded.label, "layer": layer, **counts, **in_percent(numbers)}], digits=2
+    )
     notes = [
         "AP and AR in %, class-agnostic; all detections have score 1 and are ranked by image id.",
         "Images that could not be read count as images without detections.",
     ]
-    _figure(images, records, layer, evaluation.figure("detections"), evaluation.options.figure_images)
+    _figure(images, done, layer, evaluation.figure("detections"), options.figure_images)
     evaluation.finish(numbers, {"layer": layer, "format": _FORMAT}, notes if "bbox" in numbers else ())
 
 
 main = main_of("eval maskcut", _command)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

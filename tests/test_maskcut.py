@@ -4,10 +4,7 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -19,12 +16,11 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from runs import free_port
 
 from crate_fast.errors import UserError
 from crate_fast.eval import maskcut as protocol
 from crate_fast.eval.common import normalized_cut
-from crate_fast.eval.common.coco import class_agnostic_scores, detections_of, enlarge, index_of, refine
+from crate_fast.eval.common.coco import class_agnostic_scores, detections_of, enlarge, index_of
 from crate_fast.eval.common.normalized_cut import exact_fp32
 from crate_fast.eval.maskcut import maskcut
 
@@ -282,26 +278,6 @@ def test_a_killed_run_on_a_data_set_continues_to_the_same_results(folder, whole,
     refuses("tau: 0.15 there, 0.3 now", protocol.main, _words(folder, output, "--tau", "0.3"))
 
 
-def _rank(rank: int, port: int, words: list[str]) -> None:
-    torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    os.environ |= {name: str(value) for name, value in torchrun.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    sys.exit(protocol.main(words))
-
-
-def test_two_processes_give_the_results_of_one(folder, whole, tmp_path):
-    context = multiprocessing.get_context("fork")  # starts without imports
-    port, words = free_port(), _words(folder, tmp_path)
-    ranks = [context.Process(target=_rank, args=(rank, port, words)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(240)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    assert len(list((tmp_path / "records").glob("records-*.jsonl"))) == 2
-    assert json.loads((tmp_path / "results.json").read_text())["results"] == whole[1]["results"]
-
-
 def test_unreadable_images_are_counted_also_in_a_resumed_run(tmp_path, capsys, refuses):
     folder, output = _coco(tmp_path / "coco"), tmp_path / "out"
     refuses("tau=3.0: give a cosine from -1 to 1", protocol.main, _words(folder, output, "--tau", "3"))
@@ -315,21 +291,3 @@ def test_unreadable_images_are_counted_also_in_a_resumed_run(tmp_path, capsys, r
     for path in (folder / "val2017").iterdir():
         path.write_bytes(b"not an image")
     refuses("none of the 6 images could be read", protocol.main, _words(folder, tmp_path / "none"))
-
-
-def test_the_optional_crf_improves_the_edges(monkeypatch):
-    rows, columns = np.mgrid[:96, :96]
-    disc = np.hypot(rows - 48, columns - 48) < 30
-    picture = np.where(disc[..., None], [200, 40, 40], [40, 60, 200]).astype(np.uint8)
-    coarse = np.kron(disc[4::8, 4::8], np.ones((8, 8), bool))
-    coarse[46:50, 46:50] = False  # a hole
-    monkeypatch.setitem(sys.modules, "pydensecrf", None)
-    with pytest.raises(UserError, match=r"pip install 'crate_fast\[crf\]'"):
-        refine(coarse, picture)
-    monkeypatch.undo()
-    pytest.importorskip("pydensecrf", reason="the crf extra is not installed")
-    refined = refine(coarse, picture)
-    assert (refined & disc).sum() / (refined | disc).sum() > 0.99 > (coarse & disc).sum() / (coarse | disc).sum()
-    speck = np.zeros((96, 96), bool)
-    speck[:2, :2] = True
-    assert refine(speck, picture) is None

@@ -1,4 +1,4 @@
-"""COCO annotations and detections: checked annotation files, masks as detections, class-agnostic AP and AR, CRF.
+"""COCO annotations and detections: checked annotation files, masks as detections, class-agnostic AP and AR.
 
 All detections have category 1 and score 1. pycocotools ranks equal scores by image id, then in list order. Both are
 fixed here, so AP is reproducible. Another order would change AP but not AR, so report AR@100 too.
@@ -270,35 +270,3 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
             evaluation.summarize()
             scores[kind] = dict(zip(names, map(float, evaluation.stats), strict=True))
     return scores
-
-
-def require_crf():
-    """Import and return `pydensecrf.densecrf`; raise a `UserError` if it is not installed."""
-    try:
-        from pydensecrf import densecrf
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "the CRF needs pydensecrf: pip install 'crate_fast[crf]' (this needs a C++ compiler), or leave --crf out"
-        ) from error
-    return densecrf
-
-
-def refine(mask: np.ndarray, image: np.ndarray) -> np.ndarray | None:
-    """Fit a boolean mask [H, W] to the edges of an image [H, W, 3] with a CRF, and fill its holes (paper, B.4).
-
-    Krähenbühl and Koltun's mean-field inference with CutLER's constants: 10 iterations; Gaussian kernel of 3 pixels,
-    weight 7; bilateral kernel of 50 pixels and 5 grey levels, weight 10; probability e/(1 + e) of the mask's label.
-    Return None if the IoU of the result with the mask is below ½. The paper's Table 1 does not use it.
-    """
-    from scipy.ndimage import binary_fill_holes
-
-    densecrf = require_crf()
-    logits = np.stack([~mask, mask]).astype(np.float32)
-    log_probability = logits - np.log(np.exp(logits).sum(axis=0))
-    field = densecrf.DenseCRF2D(mask.shape[1], mask.shape[0], 2)
-    field.setUnaryEnergy(np.ascontiguousarray(-log_probability.reshape(2, -1)))
-    field.addPairwiseGaussian(sxy=3, compat=7)
-    field.addPairwiseBilateral(sxy=50, srgb=5, compat=10, rgbim=np.ascontiguousarray(image))
-    refined = binary_fill_holes(np.argmax(field.inference(10), axis=0).reshape(mask.shape).astype(bool))
-    union = (refined | mask).sum()
-    return refined if union and (refined & mask).sum() / union >= 0.5 else None

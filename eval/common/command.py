@@ -15,6 +15,7 @@ from crate_fast.errors import UserError
 from crate_fast.eval.common import results as files
 from crate_fast.eval.common.images import Batch, Sample, batches, open_images
 from crate_fast.eval.common.models import LoadedModel, check_model_args, labels_of, open_model
+from crate_fast.train.checkpoint import write_text
 from crate_fast.train.distributed import choose_device
 
 
@@ -88,13 +89,13 @@ class Evaluation:
         return paths
 
     def write_table(self, name: str, rows: Sequence[dict], digits: int = 3, show: bool = True) -> None:
-        """Write a table as Markdown and CSV, and print it."""
+        """Print a table and write it as Markdown and CSV."""
         texts = {"md": files.markdown_table(rows, digits), "csv": files.csv_table(rows)}
+        if show:  # first: it may have taken hours to compute, and the disk may be full
+            print(texts["md"])
         for suffix, text in texts.items():
             self.written.append(self.folder / f"{name}.{suffix}")
-            files.write_file(self.written[-1], text)
-        if show:
-            print(texts["md"])
+            write_text(self.written[-1], text)
 
     def finish(self, results: dict, config: dict | None = None, notes: Sequence[str] = ()) -> None:
         """Write results.json, with the command line's settings and `config`; print `notes` and the written files."""
@@ -108,7 +109,7 @@ class Evaluation:
             "provenance": provenance(),
         }
         path = self.folder / "results.json"
-        files.write_file(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         print(*notes, sep="\n", end="\n" if notes else "")
         print(f"unreadable images: {len(self.problems)}\nwritten:", path, *self.written, sep="\n  ")
         if self._failures:

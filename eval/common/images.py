@@ -344,7 +344,7 @@ def batches(
     """Read samples in order by `workers` processes (0: by this one), and yield the readable ones in batches.
 
     `problems` receives one line for each unreadable image; the line is also printed to stderr. `progress` is the
-    title of a progress bar. No readable image at all is a `UserError` unless `allow_none`, as for the part of a rank.
+    title of a progress bar. No readable image at all is a `UserError` unless `allow_none`, as in a resumed evaluation.
     """
     problems = [] if problems is None else problems
     loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)

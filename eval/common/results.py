@@ -60,19 +60,6 @@ def file_name(label: str) -> str:
     return re.sub(r"[^\w.@-]+", "_", label)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a file. If that fails, print its content, which may have taken hours to compute."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    except OSError as error:
-        print(text)
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}), and its content is printed instead: free some space, or "
-            "correct the permissions"
-        ) from error
-
-
 def claim(folder: Path, file: str, settings: dict, option: str = "--output") -> None:
     """Write settings to a JSON file in a folder; if it exists with others, raise a `UserError` about `option`."""
     make_folder(folder)
@@ -90,34 +77,30 @@ def claim(folder: Path, file: str, settings: dict, option: str = "--output") -> 
 class Records:
     """Records of a resumable evaluation, one line per image or checkpoint.
 
-        settings.json         the settings that the records depend on
-        records-RANK.jsonl    one record per line, appended and flushed by the process of that rank
+        settings.json      the settings that the records depend on
+        records-0.jsonl    one record per line
 
-    An incomplete line of a killed process is ignored, so its image is processed again.
-
-    Rank 0 writes or compares settings.json, before another rank reads or appends. `key` is the name of the field that
-    identifies a record.
+    An incomplete line of a killed process is ignored, so its image is processed again. `key` is the name of the field
+    that identifies a record.
     """
 
-    def __init__(self, folder: Path, settings: dict, rank: int = 0, key: str = "image_id"):
-        self.folder, self.rank, self.key = folder, rank, key
-        if rank == 0:
-            if not self.read():
-                (folder / "settings.json").unlink(missing_ok=True)
-            claim(folder, "settings.json", settings)
+    def __init__(self, folder: Path, settings: dict, key: str = "image_id"):
+        self.path, self.key = folder / "records-0.jsonl", key
+        if not self.read():
+            (folder / "settings.json").unlink(missing_ok=True)
+        claim(folder, "settings.json", settings)
 
     def read(self) -> dict[str | int, dict]:
-        """Return key → record from all processes; records with the same key are equal."""
-        texts = (path.read_text() for path in sorted(self.folder.glob("records-*.jsonl")))
-        records = [json.loads(line) for text in texts for line in text.split("\n")[:-1]]
+        """Return key → record."""
+        text = self.path.read_text() if self.path.is_file() else ""
+        records = map(json.loads, text.split("\n")[:-1])
         return {record[self.key]: record for record in records}
 
     def append(self, records: Iterable[dict]) -> None:
         """Write records as they come; each is flushed to the operating system before the next is computed."""
-        path = self.folder / f"records-{self.rank}.jsonl"
-        if path.is_file():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        with path.open("a") as file:
+        if self.path.is_file():
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+        with self.path.open("a") as file:
             for record in records:
                 file.write(json.dumps(record) + "\n")
                 file.flush()
