@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from crate_fast.errors import UserError
-from crate_fast.eval.common.coco import checked_images, coco_content, finite, is_size
+from crate_fast.eval.common.coco import coco_content, finite
 from crate_fast.eval.common.images import ImageFiles, Target
 
 _Entry = tuple[tuple[int, int] | None, list[list[float]]]  # height and width or None; boxes: left, top, right, bottom
@@ -79,16 +79,14 @@ def _read_json(path: Path) -> dict[str, _Entry]:
     content = coco_content(path)
     boxes: dict[int | str, list] = {}
     entries = []
-    for number, image in checked_images(content["images"], path).items():
-        name, boxes[number] = image["file_name"].replace("\\", "/"), []
-        entries.append((str(PurePosixPath(name)), (_size(image.get("height"), image.get("width")), boxes[number])))
+    for image in content["images"]:
+        name, found = image["file_name"].replace("\\", "/"), boxes.setdefault(image["id"], [])
+        entries.append((str(PurePosixPath(name)), (_size(image.get("height"), image.get("width")), found)))
     for number, annotation in enumerate(content["annotations"]):
         where = f"--boxes {path}: annotations[{number}]"
         box, image_id = annotation.get("bbox"), annotation.get("image_id")
         if not isinstance(box, list) or len(box) != 4 or not finite(box) or min(box[2:]) < 0:
             raise UserError(f"{where} has the bbox {box!r}, not [x, y, width, height]; correct the file")
-        if boxes and not isinstance(image_id, type(next(iter(boxes)))):  # 7 and "7" are different ids
-            raise UserError(f"{where} has the image_id {image_id!r}, unlike the ids of 'images'; correct the file")
         if image_id in boxes and not annotation.get("iscrowd"):
             x, y, width, height = box
             boxes[image_id].append([x, y, x + width, y + height])
@@ -96,7 +94,7 @@ def _read_json(path: Path) -> dict[str, _Entry]:
 
 
 def _size(height: object, width: object) -> tuple[int, int] | None:
-    return (height, width) if is_size([height, width]) else None
+    return (int(height), int(width)) if finite([height, width]) and min(height, width) > 0 else None
 
 
 def _read_folder(folder: Path) -> dict[str, _Entry]:

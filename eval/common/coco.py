@@ -20,47 +20,45 @@ _MAX_COORDINATE = 1_000_000  # pixels; memory and time of pycocotools grow with 
 
 
 def read_annotations(path: Path):
-    """Open a file of COCO or LVIS instance annotations as pycocotools' index `COCO`.
+    """Open a file of COCO instance annotations as pycocotools' index `COCO`.
 
-    Some missing values are filled in: iscrowd (0), area and bbox (from the mask), file_name (the end of coco_url), a
-    category's name (its number), and an image's size (from its RLE masks). Another missing or invalid field is a
-    `UserError` that names it. Annotations of unlisted images are left out, as in pycocotools.
+    Missing values are filled in: iscrowd (0), area and bbox (from the mask), and a category's name (its number). A
+    value that pycocotools would misread without an error is a `UserError`. Annotations of unlisted images are left
+    out, as in pycocotools.
     """
     content = coco_content(path)
-    if not content["images"]:
-        raise UserError(f"{path} lists no images: 'images' is empty; name another file")
-    images = checked_images(content["images"], path)
-    index = index_of(content["images"], [], [])
-    for number, category in enumerate(content["categories"]):
-        _must_be((int,), category, "id", f"{path}: categories[{number}]")
-        category["name"] = str(category.get("name") or category["id"])
+    images, where = index_of(content["images"], [], []), "categories"
     annotations = []
-    for number, annotation in enumerate(content["annotations"]):
-        where = f"{path}: annotations[{number}]"
-        _must_be((type(content["images"][0]["id"]),), annotation, "image_id", where)  # 7 and "7" are different ids
-        if annotation["image_id"] not in images:
-            continue
-        _must_be((int, str), annotation, "id", where)
-        where = f"{path}: annotation {annotation['id']!r}"
-        _must_be((int,), annotation, "category_id", where)
-        _complete(annotation, index, where)
-        annotations.append(annotation)
-    return index_of(content["images"], annotations, content["categories"])
+    try:
+        for category in content["categories"]:
+            category["name"] = str(category.get("name", category["id"]))
+        for number, annotation in enumerate(content["annotations"]):
+            where = f"annotations[{number}]"
+            if annotation["image_id"] in images.imgs:
+                where = f"annotation {annotation['id']!r}"
+                _complete(annotation, images)
+                annotations.append(annotation)
+        return index_of(content["images"], annotations, content["categories"])
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path}: {where} cannot be used, {reason}; correct the file") from error
 
 
 def coco_content(path: Path) -> dict[str, list[dict]]:
     """Read the lists "images", "annotations" and "categories" of a file in COCO format; the last may be missing."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _no_annotations(path, f"it is not JSON; {type(error).__name__}: {error}") from error
-    if not isinstance(content, dict):
-        raise _no_annotations(path, f"it holds a {type(content).__name__}, as results files do")
-    content.setdefault("categories", [])
-    for name in ("images", "annotations", "categories"):
-        entries = content.get(name)
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise _no_annotations(path, f"{name!r} is {'not a list of objects' if name in content else 'missing'}")
+        content.setdefault("categories", [])
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        if not names or len(names) < len(content["images"]):
+            raise ValueError("it lists no images, or two with the same id")
+        if not all(names.values()) or not isinstance(content["annotations"], list):
+            raise ValueError("a file_name is empty, or 'annotations' is not a list")
+    except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} does not hold COCO's annotations ({type(error).__name__}: {error}): use a file with images, "
+            "annotations and categories, such as instances_val2017.json"
+        ) from error
     return content
 
 
@@ -84,63 +82,22 @@ def require_objects(coco, image_ids: Sequence) -> None:
         )
 
 
-def _no_annotations(path: Path, reason: str) -> UserError:
-    return UserError(
-        f"{path} does not hold COCO's annotations ({reason}): use a file with images, annotations and categories, "
-        "such as instances_val2017.json"
-    )
-
-
-def _must(holds: bool, entry: dict, field: str, rule: str, where: str) -> None:
-    if not holds:
-        found = repr(entry[field])[:60] if field in entry else "missing"
-        raise UserError(f"{where}: {field!r} is {found}, and must be {rule}; correct the file")
-
-
-def _must_be(types: tuple[type, ...], entry: dict, field: str, where: str) -> None:
-    rule = " or ".join({int: "an integer", str: "a string"}[kind] for kind in types)
-    _must(type(entry.get(field)) in types, entry, field, rule, where)
-
-
-def checked_images(entries: list[dict], path: Path) -> dict[int | str, dict]:
-    """Return the entries of COCO's 'images' by id; raise a `UserError` for a missing or invalid field."""
-    images: dict[int | str, dict] = {}
-    for number, image in enumerate(entries):
-        _must_be((int, str), image, "id", f"{path}: images[{number}]")
-        where = f"{path}: image {image['id']!r}"
-        if image["id"] in images:
-            raise UserError(f"{where} occurs twice in 'images'; remove one")
-        if type(image["id"]) is not type(entries[0]["id"]):
-            raise UserError(f"{where}: all image ids must be integers or all strings; correct the file")
-        if "file_name" not in image and isinstance(image.get("coco_url"), str):  # LVIS
-            image["file_name"] = image["coco_url"].rpartition("/")[2]
-        _must_be((str,), image, "file_name", where)
-        if not image["file_name"]:
-            raise UserError(f"{where}: 'file_name' is empty; correct the file")
-        for side in ("height", "width"):
-            if isinstance(image.get(side), float) and image[side].is_integer():
-                image[side] = int(image[side])
-        images[image["id"]] = image
-    return images
-
-
-def _complete(annotation: dict, index, where: str) -> None:
-    """Check an annotation and fill in its missing values; an image without a size gets that of an RLE mask."""
+def _complete(annotation: dict, images) -> None:
+    """Check an annotation and fill in its missing values; `images` is the index of the file's images."""
     from pycocotools import mask as rle
 
+    size = [images.imgs[annotation["image_id"]][side] for side in ("height", "width")]
+    annotation["segmentation"] = _checked_mask(annotation["segmentation"], size)
     annotation["iscrowd"] = annotation.get("iscrowd") or 0
-    _must(annotation["iscrowd"] in (0, 1), annotation, "iscrowd", "0 or 1", where)
-    area, box = annotation.get("area"), annotation.get("bbox")
-    _must(area is None or (finite([area]) and area >= 0), annotation, "area", "a number of at least 0", where)
-    is_box = not box or (isinstance(box, list) and len(box) == 4 and finite(box) and min(box[2:]) >= 0)
-    _must(is_box, annotation, "bbox", "[x, y, width, height]", where)
-    _check_segmentation(annotation, index.imgs[annotation["image_id"]], where)
-    if area is not None and box and 0 not in box[2:]:  # COCO's train2017 has a box of height 0
-        return
-    segmentation = index.annToRLE(annotation)
-    annotation["area"] = float(rle.area(segmentation)) if area is None else area
-    if not box or (0 in box[2:] and rle.area(segmentation)):
-        annotation["bbox"] = rle.toBbox(segmentation).tolist()
+    if annotation["iscrowd"] not in (0, 1):
+        raise ValueError(f"iscrowd is {annotation['iscrowd']!r}, not 0 or 1")
+    if not annotation.get("bbox"):
+        annotation["bbox"] = rle.toBbox(images.annToRLE(annotation)).tolist()
+    if annotation.get("area") is None:
+        annotation["area"] = float(rle.area(images.annToRLE(annotation)))
+    x, y, width, height = annotation["bbox"]
+    if not finite([x, y, width, height, annotation["area"]]) or min(width, height, annotation["area"]) < 0:
+        raise ValueError(f"bbox {annotation['bbox']} or area {annotation['area']} is negative or no number")
 
 
 def finite(values: list) -> bool:
@@ -148,46 +105,29 @@ def finite(values: list) -> bool:
     return set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
 
 
-def is_size(size: object) -> bool:
-    """Return True for two integers above 0."""
-    return isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
-
-
-def _check_segmentation(annotation: dict, image: dict, where: str) -> None:
-    """Check a mask, and remove polygons of fewer than three points, which have no area."""
-    found, size = annotation.get("segmentation"), [image.get("height"), image.get("width")]
+def _checked_mask(found: dict | list, size: list[int]) -> dict | list:
+    """Return a valid segmentation, without polygons of fewer than three points, which have no area."""
     if isinstance(found, dict):
-        counts = found.get("counts")
-        runs = counts if isinstance(counts, list) else _decoded(counts)
-        valid = is_size(found.get("size")) and all(type(run) is int and run >= 0 for run in runs)
+        runs = found["counts"] if isinstance(found["counts"], list) else _decoded(found["counts"])
         # pycocotools does not check the sum. If it is too small, masks end with uninitialised memory.
-        filled = valid and sum(runs) == math.prod(found["size"])
-        _must(filled, annotation, "segmentation", "RLE with runs that fill its size", where)
-        if not is_size(size):
-            image |= dict(zip(("height", "width"), found["size"], strict=True))
-        else:
-            _must(size == found["size"], annotation, "segmentation", f"RLE of the image's size {size}", where)
-        return
-    valid = isinstance(found, list) and all(
-        isinstance(p, list) and len(p) % 2 == 0 and finite(p) and max(map(abs, p), default=0) <= _MAX_COORDINATE
-        for p in found
-    )
-    polygons = [polygon for polygon in found if len(polygon) >= 6] if valid else []
-    rule = f"RLE, or polygons x, y, x, y, x, y, … with coordinates up to {_MAX_COORDINATE:,}"
-    _must(bool(polygons), annotation, "segmentation", rule, where)
-    if not is_size(size):
-        raise UserError(
-            f"{where}: 'segmentation' has polygons, so image {image.get('id')!r} needs 'height' and 'width', "
-            f"integers above 0, not {size[0]!r} and {size[1]!r}; correct the file"
+        valid = found["size"] == size and sum(runs) == math.prod(size) and min(runs) >= 0
+    else:
+        found = [polygon for polygon in found if len(polygon) >= 6]  # pycocotools takes four numbers for a box
+        largest = max((abs(value) for polygon in found for value in polygon), default=math.inf)
+        valid = largest <= _MAX_COORDINATE and all(finite(p) and len(p) % 2 == 0 for p in found)
+    if not valid:
+        raise ValueError(
+            f"its segmentation must be RLE with runs that fill the image's size {size}, or polygons of at least "
+            f"three points with coordinates up to {_MAX_COORDINATE:,}"
         )
-    annotation["segmentation"] = polygons
+    return found
 
 
-def _decoded(counts: object) -> list[int]:
+def _decoded(counts: str) -> list[int]:
     """Return the runs of compressed RLE; none if it is damaged."""
     # five bits per character; the fourth run and later ones are stored as the difference to the run two before
     runs, value, shift = [], 0, 0
-    for byte in counts.encode() if isinstance(counts, str) else ():
+    for byte in counts.encode():
         if not 48 <= byte < 48 + 64:
             return []
         value |= (byte - 48 & 31) << shift

@@ -3,7 +3,7 @@
     folder:PATH          every image below PATH
     voc:PATH             PASCAL VOC in its own layout (VOCdevkit/VOC2012), segmentation val split
     coco:PATH[:SPLIT]    COCO: PATH/SPLIT/*.jpg, instances_SPLIT.json in PATH or PATH/annotations; SPLIT is val2017
-                         by default; the JSON file may hold LVIS annotations
+                         by default
     shape_scenes[:SEED]  generated scenes (validation split) with one object each; 500 unless a limit is given
     photographs          freely licensed photographs from scikit-image, scikit-learn and matplotlib, with credit
 
@@ -223,13 +223,9 @@ class CocoImages(ImageFiles):
         self.items = [(key, self._path(image, split)) for key, image in sorted(self.coco.imgs.items())]
 
     def _path(self, image: dict, split: str) -> Path:
-        path = self.root / split / image["file_name"]
         name = image["file_name"].replace("\\", "/")  # some tools on Windows write backslashes
-        elsewhere = [self.root / split / name, self.root / name]
-        # some of LVIS's validation images are in train2017
-        if folder := str(image.get("coco_url", "")).split("/")[-2:-1]:
-            elsewhere.append(self.root.joinpath(*folder, path.name))
-        return next((place for place in [path, *elsewhere] if place.exists()), path)
+        path, with_folder = self.root / split / name, self.root / name
+        return with_folder if with_folder.exists() and not path.exists() else path
 
     def annotated_size(self, key: str | int) -> tuple[int, int] | None:
         image = self.coco.imgs[key]
@@ -344,7 +340,7 @@ def batches(
     """Read samples in order by `workers` processes (0: by this one), and yield the readable ones in batches.
 
     `problems` receives one line for each unreadable image; the line is also printed to stderr. `progress` is the
-    title of a progress bar. No readable image at all is a `UserError` unless `allow_none`, as in a resumed evaluation.
+    title of a progress bar. No readable image at all is a `UserError` unless `allow_none`, as when resuming.
     """
     problems = [] if problems is None else problems
     loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)
