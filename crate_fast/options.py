@@ -134,9 +134,6 @@ def _pca() -> argparse.ArgumentParser:
     add("--layers", type=comma_list(int, "all"), help=layers)
     add("--components", choices=("1-3", "2-4"), default="1-3", help="shown in red, green and blue; default 1-3")
     add("--threshold", type=float, default=0.5, help="threshold λ of the first component; default 0.5")
-    scalings = "raw as in the paper (default), or minmax: scale to 0..1 first"
-    add("--scaling", choices=("raw", "minmax"), default="raw", help=scalings)
-    add("--group", type=positive, help="number of images analysed together; default all")
     add("--class", dest="class_name", metavar="NAME", help="only images that contain this class")
     return parser
 

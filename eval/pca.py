@@ -6,10 +6,9 @@
                                                                               colour, of all patches (Fig. 6)
     crate-fast eval pca A=runs/NAME@1000 B=runs/NAME@9000 --data folder:PATH  a column per checkpoint (Fig. 10)
 
-All images share one PCA (`--group N`: N images at a time). They should show one kind of object, so that a colour
-marks the same part in all of them. Features are the subspace tokens of CRATE or the keys of a ViT, all heads
-concatenated. Writes pca_01.png and .pdf (then 02, …: eight rows per page), results.json and a table. With layers as
-columns, each model has its own figure.
+All images share one PCA. They should show one kind of object, so that a colour marks the same part in all of them.
+Features are the subspace tokens of CRATE or the keys of a ViT, all heads concatenated. Writes pca_01.png and .pdf
+(then 02, …: eight rows per page), results.json and a table. With layers as columns, each model has its own figure.
 """
 
 import argparse
@@ -29,7 +28,6 @@ from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import intersection_over_union
 from crate_fast.options import main_of
 
-SCALINGS = ("raw", "minmax")
 _DRAWN = ("projections", "colours")  # arrays of `evaluate` that results.json leaves out
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -38,13 +36,12 @@ class TooFewPatchesError(UserError):
     """Too few foreground patches for principal components."""
 
 
-def principal_components(tokens: Tensor, count: int, centred: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the leading eigenvectors of ZᵀZ for tokens Z [n, C], in float64.
+def principal_components(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the leading eigenvectors of ZᵀZ for tokens Z [n, C], in float64. The mean is not subtracted.
 
     Args:
         tokens: [n, C].
         count: Number of eigenvectors.
-        centred: Subtract the tokens' mean first, as textbooks do; the paper does not.
 
     Returns:
         (components [C, count], each with a positive entry of largest magnitude; their shares of ‖Z‖² [count]).
@@ -57,7 +54,6 @@ def principal_components(tokens: Tensor, count: int, centred: bool = False) -> t
     if not tokens.isfinite().all():
         raise UserError("the features hold NaN or infinity: check the model and the normalisation of its input")
     tokens = tokens.double()
-    tokens = tokens - tokens.mean(dim=0) if centred else tokens
     values, vectors = torch.linalg.eigh(tokens.T @ tokens)
     components = vectors.flip(-1)[:, :count]
     largest = components.gather(0, components.abs().argmax(dim=0, keepdim=True))
@@ -69,14 +65,12 @@ class Foreground(NamedTuple):
     """Foreground patches, those with a large first component."""
 
     mask: Tensor  # boolean [J, P]
-    projection: Tensor  # projection on the first component, before the threshold, float64 [J, P]
+    projection: Tensor  # on the first component, float64 [J, P]
     explained: list[float]  # shares of ‖Z‖² explained by the first four components, or by all if there are fewer
 
 
-def check_foreground(grid: tuple[int, int], threshold: float, scaling: str) -> None:
+def check_foreground(grid: tuple[int, int], threshold: float) -> None:
     """Raise a `UserError` for wrong settings of `foreground`."""
-    if scaling not in SCALINGS:
-        raise UserError(f"scaling={scaling!r}: choose one of {', '.join(map(repr, SCALINGS))}")
     if not threshold >= 0:
         raise UserError(f"threshold={threshold}: it must be at least 0")
     if min(grid) < 3:
@@ -85,22 +79,17 @@ def check_foreground(grid: tuple[int, int], threshold: float, scaling: str) -> N
         )
 
 
-def foreground(
-    features: Tensor, threshold: float = 0.5, scaling: str = "raw", grid: tuple[int, int] | None = None
-) -> Foreground:
+def foreground(features: Tensor, threshold: float = 0.5, grid: tuple[int, int] | None = None) -> Foreground:
     """Find the patches of J images whose projection on the common first component is at least λ (paper, B.2).
 
-    The sign of the component is chosen so that the mean projection of border patches does not exceed that of inner
-    patches. On 64 `shape_scenes` of 128 px, at λ = 1/2, the IoU of foreground and object is 0.54 ("raw") and 0.47
-    ("minmax") for a CRATE, 0.64 and 0.62 for a ViT, and 0.10 for a mask of all patches. Both are small models trained
-    on such scenes, at their default layers.
+    This is σ_λ(⟨u₀, z⟩) > 0, with u₀ an eigenvector of the uncentred ZᵀZ. Its sign is chosen so that the mean
+    projection of border patches does not exceed that of inner patches. A suitable λ depends on the features' norm. On
+    64 `shape_scenes` of 128 px, at λ = 1/2, the IoU of foreground and object is 0.54 for a CRATE, 0.64 for a ViT, and
+    0.10 for a mask of all patches. Both are small models trained on such scenes, at their default layers.
 
     Args:
         features: [J, P, C], patches in row-major order.
         threshold: λ, at least 0.
-        scaling: "raw" is the paper's σ_λ(⟨u₀, z⟩) > 0, with u₀ an eigenvector of the uncentred ZᵀZ; a suitable λ
-            depends on the norm of the features. "minmax" centres the features and scales the projections to [0, 1],
-            as in public demos of DINOv2; scale and offset do not matter, but a single outlier may.
         grid: Rows and columns of patches, at least 3 each; a square when None.
 
     Raises:
@@ -113,31 +102,25 @@ def foreground(
     """
     images, patches, width = features.shape
     grid = (round(patches**0.5),) * 2 if grid is None else grid
-    check_foreground(grid, threshold, scaling)
+    check_foreground(grid, threshold)
     if grid[0] * grid[1] != patches:
         raise UserError(f"grid={grid} does not fit the {patches} patches: rows·columns must be {patches}")
     tokens = features.flatten(0, 1)
-    components, explained = principal_components(tokens, min(4, width), scaling == "minmax")
+    components, explained = principal_components(tokens, min(4, width))
     projection = (tokens.double() @ components[:, 0]).view(images, *grid)
     inner = projection[:, 1:-1, 1:-1]
     border_mean = (projection.sum() - inner.sum()) / (projection.numel() - inner.numel())
     projection = (-projection if border_mean > inner.mean() else projection).flatten(1)  # objects are inside
-    if scaling == "minmax":
-        low, high = projection.aminmax()
-        projection = (projection - low) / (high - low).clamp(min=_TINY)
     return Foreground((projection >= threshold) & (projection > 0), projection, explained.tolist())
 
 
-def pca_rgb(
-    features: Tensor, mask: Tensor | None = None, first: int = 1, centred: bool = False
-) -> tuple[Tensor, list[float]]:
+def pca_rgb(features: Tensor, mask: Tensor | None = None, first: int = 1) -> tuple[Tensor, list[float]]:
     """Map three successive principal components of the chosen patches to colours (paper, Eq. 12).
 
     Args:
         features: [J, P, C].
         mask: The patches to analyse and colour, boolean [J, P]; all when None.
         first: The component shown in red, counted from 1.
-        centred: See `principal_components`.
 
     Returns:
         (colours, float32 [J, P, 3] in [0, 1]; shares explained by the components). In each channel, the 2nd and 98th
@@ -152,9 +135,9 @@ def pca_rgb(
     if len(tokens) < last + 1:
         raise TooFewPatchesError(
             f"{len(tokens)} of {mask.numel()} patches are above the threshold, too few for {last} components: lower "
-            "--threshold, choose the other --scaling, or show --components 2-4, which uses all patches"
+            "--threshold, or show --components 2-4, which uses all patches"
         )
-    components, explained = principal_components(tokens, last, centred)
+    components, explained = principal_components(tokens, last)
     values = tokens @ components[:, first - 1 :]
     low, high = torch.quantile(values, torch.tensor([0.02, 0.98]).to(values), dim=0)
     colours = torch.zeros(*mask.shape, 3, device=features.device)
@@ -183,25 +166,22 @@ def evaluate(
     layers: Sequence[int] | None = None,
     *,
     threshold: float = 0.5,
-    scaling: str = "raw",
     first: int = 1,
-    group: int | None = None,
 ) -> dict[str, list[dict]]:
-    """Compute foreground and colours of every image at every chosen layer.
+    """Compute foreground and colours of every image at every chosen layer; the images share one PCA.
 
     Args:
         batches: All their features are kept in memory. Other arguments: see `crate_fast.eval`.
-        threshold, scaling: See `foreground`; "minmax" also centres the features for the colours.
+        threshold: See `foreground`.
         first: See `pca_rgb`; 1 colours the foreground only, a larger number colours all patches.
-        group: Number of images that share one PCA; all when None.
 
     Returns:
         "layers", a list of dictionaries, each with "layer";
-        "groups", each with "images" (names), "explained" (`Foreground`), "explained_colours" (`pca_rgb`) and
-            "problem", None or the reason why there are no colours (the other values remain valid);
+        "explained" (`Foreground`), "explained_colours" (`pca_rgb`) and "problem", None or the reason why there are no
+            colours (the other values remain valid);
         "images", each with "name", "foreground_share" and, if an object covers a patch, "iou" of the foreground with
             the union of the objects and "constant_iou", that of a mask of all patches;
-        "mean", these numbers averaged over images, and "explained" over groups; None without values;
+        "mean", these numbers averaged over images; None without values;
         "projections", an array [rows, columns] per image; "colours", an array [rows, columns, 3] or None per image.
     """
     layers = [loaded.extract.resolve_layer(layer) for layer in ([None] if layers is None else layers)]
@@ -212,41 +192,38 @@ def evaluate(
         for layer, parts in tokens.items():
             parts.append(features.keys(layer).cpu())
         samples += batch.samples
-    results, size, grid = [], group or len(samples), loaded.extract.grid
+    results, grid = [], loaded.extract.grid
     for layer, parts in tokens.items():
-        result = {"layer": layer, "groups": [], "images": [], "projections": [], "colours": []}
-        for number, features in enumerate(torch.cat(parts).split(size)):
-            together = samples[number * size :][:size]
-            found = foreground(features, threshold, scaling, grid)
-            try:
-                colours, shares = pca_rgb(features, found.mask if first == 1 else None, first, scaling == "minmax")
-                result["colours"] += list(colours.unflatten(1, grid).numpy())
-                outcome = {"explained_colours": shares, "problem": None}
-            except TooFewPatchesError as error:
-                result["colours"] += [None] * len(together)
-                outcome = {"explained_colours": None, "problem": str(error)}
-            names = [str(sample.key) for sample in together]
-            result["groups"].append({"images": names, "explained": found.explained} | outcome)
-            result["projections"] += list(found.projection.unflatten(1, grid).numpy())
-            for sample, mask in zip(together, found.mask, strict=True):
-                image = {"name": str(sample.key), "foreground_share": mask.double().mean().item()}
-                image |= {"iou": None, "constant_iou": None}
-                if sample.target is not None:
-                    masks, valid = sample.target.on_grid(grid)
-                    union = masks.any(dim=0)
-                    if union.any():
-                        image["iou"] = intersection_over_union(mask, union, valid).item()
-                        whole = torch.ones_like(mask)
-                        image["constant_iou"] = intersection_over_union(whole, union, valid).item()
-                result["images"].append(image)
-        result["mean"] = {}
+        features = torch.cat(parts)
+        found = foreground(features, threshold, grid)
+        result = {"layer": layer, "explained": found.explained, "explained_colours": None, "problem": None}
+        colours = [None] * len(samples)
+        try:
+            rgb, result["explained_colours"] = pca_rgb(features, found.mask if first == 1 else None, first)
+            colours = list(rgb.unflatten(1, grid).numpy())
+        except TooFewPatchesError as error:
+            result["problem"] = str(error)
+        images = [_image_scores(sample, mask, grid) for sample, mask in zip(samples, found.mask, strict=True)]
+        result |= {"images": images, "mean": {}}
         for name in ("foreground_share", "iou", "constant_iou"):
-            values = [image[name] for image in result["images"] if image[name] is not None]
+            values = [image[name] for image in images if image[name] is not None]
             result["mean"][name] = sum(values) / len(values) if values else None
-        explained = zip(*(group["explained"] for group in result["groups"]), strict=True)
-        result["mean"]["explained"] = [sum(shares) / len(shares) for shares in explained]
+        result |= {"projections": list(found.projection.unflatten(1, grid).numpy()), "colours": colours}
         results.append(result)
     return {"layers": results}
+
+
+def _image_scores(sample: Sample, mask: Tensor, grid: tuple[int, int]) -> dict:
+    """Score the foreground of one image, a boolean mask [P]."""
+    scores = {"name": str(sample.key), "foreground_share": mask.double().mean().item()}
+    scores |= {"iou": None, "constant_iou": None}
+    if sample.target is not None:
+        masks, valid = sample.target.on_grid(grid)
+        union = masks.any(dim=0)
+        if union.any():
+            scores["iou"] = intersection_over_union(mask, union, valid).item()
+            scores["constant_iou"] = intersection_over_union(torch.ones_like(mask), union, valid).item()
+    return scores
 
 
 def _figure(
@@ -271,12 +248,12 @@ def _figure(
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
     for loaded in models:
-        check_foreground(loaded.extract.grid, options.threshold, options.scaling)
+        check_foreground(loaded.extract.grid, options.threshold)
         for layer in () if options.layers in (None, "all") else options.layers:
             loaded.extract.resolve_layer(layer)
     evaluation = Evaluation("pca", options, models)
     first = int(options.components[0])
-    settings = {"threshold": options.threshold, "scaling": options.scaling, "first": first, "group": options.group}
+    settings = {"threshold": options.threshold, "first": first}
     results, rows, columns = {}, [], {}
     for loaded in models:
         samples: list[Sample] = []
@@ -284,15 +261,13 @@ def _command(options: argparse.Namespace) -> None:
         layers = range(loaded.extract.depth) if options.layers == "all" else options.layers
         outcome = evaluate(loaded, images, layers, **settings)["layers"]
         for result in outcome:
-            mean = result["mean"]
-            shares = {f"component {i}": share for i, share in enumerate(mean["explained"], start=1)}
+            shares = {f"component {i}": share for i, share in enumerate(result["explained"], start=1)}
             names = {"foreground": "foreground_share", "IoU": "iou", "constant IoU": "constant_iou"}
-            scores = {title: mean[name] for title, name in names.items()}
+            scores = {title: result["mean"][name] for title, name in names.items()}
             rows.append({"model": loaded.label, "layer": result["layer"]} | shares | scores)
-            for group in result["groups"]:
-                if group["problem"]:
-                    where = f"layer {result['layer']}, images {group['images'][0]} to {group['images'][-1]}"
-                    print(f"no colours for {loaded.label}, {where}: {group['problem']}", file=sys.stderr)
+            if result["problem"]:
+                where = f"{loaded.label}, layer {result['layer']}"
+                print(f"no colours for {where}: {result['problem']}", file=sys.stderr)
         if len(outcome) > 1:
             by_layer = {f"layer {result['layer']}": result for result in outcome}
             evaluation.written += _figure(by_layer, samples, first, evaluation.model_folder(loaded), loaded.label)

@@ -13,7 +13,6 @@ from crate_fast.cli import COMMANDS, GROUPS
 from crate_fast.errors import UserError
 from crate_fast.eval import by_layer, comparison
 from crate_fast.eval.emergence.protocol import MODELS, SIZES
-from crate_fast.eval.pca import SCALINGS
 from crate_fast.options import PARSERS, parse
 from crate_fast.train.reconstruction import RATIOS
 
@@ -100,7 +99,6 @@ def test_choices_and_defaults_equal_those_of_the_modules():
     def option(command: str, name: str) -> argparse.Action:
         return next(action for action in PARSERS[command]()._actions if action.dest == name)
 
-    assert tuple(option("eval pca", "scaling").choices) == SCALINGS
     assert tuple(option("eval by_layer", "measures").choices) == by_layer.MEASURES
     assert sorted(option("eval comparison", "table").choices) == sorted(comparison.NEEDS)
     assert tuple(option("eval reconstruction", "ratios").default) == RATIOS
