@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, require
-from crate_fast.eval.common import paper
 from crate_fast.eval.common.command import Evaluation, open_models
 from crate_fast.eval.common.images import Sample, batches
 from crate_fast.eval.common.models import LoadedModel
@@ -231,35 +229,23 @@ def _read(
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def _per_class(correct: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float | None]:
-    counts, right = (torch.bincount(found, minlength=len(classes)).tolist() for found in (labels, labels[correct]))
-    return {name: (r / n if n else None) for name, r, n in zip(classes, right, counts, strict=True)}
-
-
-def _probe(
-    train: dict, val: dict, name: str, classes: Sequence[str], protocols: Sequence[str], ks: Sequence[int], seed: int
-) -> dict:
-    """Score k-NN and the linear probe on train[name] and val[name]; skip scores that need more images."""
-    found: dict = {"per_class": {}, "left_out": {}}
+def _probe(train: dict, val: dict, name: str, protocols: Sequence[str], ks: Sequence[int] | None, seed: int) -> dict:
+    """Score k-NN and the linear probe on train[name] and val[name]."""
+    found: dict = {}
     if "knn" in protocols:
         n_images = len(train["labels"])
-        found["left_out"] = {f"{k}-NN": f"there are {n_images} training images" for k in ks if k > n_images}
-        ks = [k for k in ks if k <= n_images] or [n_images]
+        ks = ks or [k for k in KS if k <= n_images] or [n_images]
         predictions = knn_predictions(train[name], train["labels"], val[name], ks)
-        correct = {k: predicted == val["labels"] for k, predicted in predictions.items()}
-        found["knn"] = {k: right.float().mean().item() for k, right in correct.items()}
-        found["per_class"][f"knn, k = {ks[0]}"] = _per_class(correct[ks[0]], val["labels"], classes)
+        found["knn"] = {k: _share(predicted == val["labels"]) for k, predicted in predictions.items()}
     if "linear" in protocols:
-        try:
-            probe = linear_probe(train[name], train["labels"], val[name], seed=seed)
-        except UserError as error:  # keep the other results
-            found["left_out"]["linear"] = str(error)
-            return found
-        right = probe.predictions == val["labels"]
-        found["linear"] = {"top1": right.float().mean().item(), "C": probe.C}
+        probe = linear_probe(train[name], train["labels"], val[name], seed=seed)
+        found["linear"] = {"top1": _share(probe.predictions == val["labels"]), "C": probe.C}
         found["linear"] |= {"held_out": probe.held_out, "converged": probe.converged}
-        found["per_class"]["linear"] = _per_class(right, val["labels"], classes)
     return found
+
+
+def _share(right: Tensor) -> float:
+    return right.float().mean().item()
 
 
 def evaluate(
@@ -289,55 +275,31 @@ def evaluate(
     Returns:
         "images", "train_images": numbers of images read; "classes": number of classes; "chance": share of the most
         frequent class among the validation images; "head": top1, top5 (None with at most five classes), loss in nats;
-        "knn": k → top1; "linear": top1, C, "held_out" accuracy of each C, "converged"; "per_class": protocol → class
-        → top1 (k-NN with the first k), None for a class without images; "left_out": score → reason why it is missing;
-        "raw_pixels": knn, linear, per_class and left_out on raw pixels.
+        "knn": k → top1; "linear": top1, C, "held_out" accuracy of each C, "converged"; "raw_pixels": knn and linear
+        on raw pixels.
 
     Raises:
-        UserError: See `check`; or nothing can be scored.
+        UserError: See `check`; or too few images can be read.
     """
     check(loaded, data, protocols, ks=ks, pool=pool, train_limit=train_limit)
-    ks = KS if ks is None else ks
     probing = "knn" in protocols or "linear" in protocols
     raw_pixels = raw_pixels and probing
     images = LabelledImages(data.val, "validation", limit)
     val = _read(loaded, images, pool, "head" in protocols, raw_pixels, **reading)
-    labels, classes = val["labels"], data.classes
-    found: dict = {"images": len(labels), "classes": len(classes), "per_class": {}}
+    labels = val["labels"]
+    found: dict = {"images": len(labels), "classes": len(data.classes)}
     found["chance"] = torch.bincount(labels).max().item() / len(labels)
     if "head" in protocols:
         right = val["ranked"] == labels[:, None]
-        top5 = right.any(dim=1).float().mean().item() if len(classes) > 5 else None
-        found["head"] = {"top1": right[:, 0].float().mean().item(), "top5": top5, "loss": val["loss"].mean().item()}
-        found["per_class"]["head"] = _per_class(right[:, 0], labels, classes)
-    if not probing:
-        return found
-    try:
+        top5 = _share(right.any(dim=1)) if len(data.classes) > 5 else None
+        found["head"] = {"top1": _share(right[:, 0]), "top5": top5, "loss": val["loss"].mean().item()}
+    if probing:
         images = LabelledImages(data.train, "training", train_limit)
         train = _read(loaded, images, pool, False, raw_pixels, **reading)
-    except UserError as error:
-        if "head" not in found:
-            raise
-        return found | {"left_out": dict.fromkeys((p for p in protocols if p != "head"), str(error))}
-    found["train_images"] = len(train["labels"])
-    probed = _probe(train, val, "features", classes, protocols, ks, seed)
-    found["per_class"] |= probed.pop("per_class")
-    found |= probed
-    if not found.keys() & set(PROTOCOLS):
-        raise UserError("; ".join(found["left_out"].values()))
-    if raw_pixels:
-        found["raw_pixels"] = _probe(train, val, "pixels", classes, protocols, ks, seed)
+        found |= {"train_images": len(train["labels"])} | _probe(train, val, "features", protocols, ks, seed)
+        if raw_pixels:
+            found["raw_pixels"] = _probe(train, val, "pixels", protocols, ks, seed)
     return found
-
-
-def _paper_score(label: str, config: TrainConfig, n_classes: int) -> float | None:
-    """Return the model's accuracy in the paper's Table 3, ignoring case.
-
-    The data set is identified by its name, its folder's name, or 1,000 classes (ImageNet).
-    """
-    names = [config.dataset, Path(config.data_dir).name.lower()] + (["imagenet"] if n_classes == 1000 else [])
-    scores = next((paper.TRANSFER[name] for name in names if name in paper.TRANSFER), {})
-    return next((score for model, score in scores.items() if model.lower() == label.lower()), None)
 
 
 def _row(label: str, counts: dict, scores: dict) -> dict:
@@ -348,14 +310,12 @@ def _row(label: str, counts: dict, scores: dict) -> dict:
     row |= {f"{k}-NN": accuracy for k, accuracy in scores.get("knn", {}).items()}
     if linear := scores.get("linear"):
         row |= {"linear": linear["top1"], "C": f"{linear['C']:g}"}
-    if scores.get("paper_fine_tuned"):
-        row["paper, fine-tuned"] = scores["paper_fine_tuned"]
     return row
 
 
 def _notes(label: str, scores: dict) -> list[str]:
-    """Return notes on missing scores and unreliable linear probes."""
-    notes = [f"{label}: {what} left out: {why}" for what, why in scores.get("left_out", {}).items()]
+    """Return notes on unreliable linear probes."""
+    notes = []
     if linear := scores.get("linear"):
         chosen, low, high = linear["C"], min(linear["held_out"]), max(linear["held_out"])
         if not linear["converged"]:
@@ -393,7 +353,7 @@ def _command(options: argparse.Namespace) -> None:
         raw = options.raw_pixels and source not in raw_scored  # once per data set
         found = evaluate(loaded, data, protocols, raw_pixels=raw, **settings)
         raw_scored.append(source)
-        return found | {"data": source, "paper_fine_tuned": _paper_score(loaded.label, config, len(data.classes))}
+        return found | {"data": source}
 
     results = evaluation.score(score, {task[0].label: task for task in plan})
     for label, found in results.items():
@@ -403,8 +363,6 @@ def _command(options: argparse.Namespace) -> None:
                 rows.append(_row(name, found, scores))
                 notes += _notes(name, scores)
     evaluation.write_table("classify", rows)
-    if any("paper, fine-tuned" in row for row in rows):
-        notes.insert(0, "paper, fine-tuned: Table 3, all weights fine-tuned; k-NN and linear use frozen features.")
     evaluation.finish(results, notes=notes)
 
 

@@ -1,7 +1,7 @@
 """The paper's numbers (Emergence of Segmentation with Minimalistic White-Box Transformers).
 
-Scores are in percent, accuracies from 0 to 1. Tables 1 and 2 report different detection scores of CRATE-S/8, although
-the paper describes the same setting.
+Scores are in percent. Tables 1 and 2 report different detection scores of CRATE-S/8, although the paper describes the
+same setting.
 """
 
 _MODELS = ("CRATE-S/8", "CRATE-B/8", "ViT-S/8", "ViT-B/8", "DINO-S/8", "DINO-B/8")
@@ -31,18 +31,6 @@ TABLES: dict[str, dict[str, dict[str, float]]] = {  # table → model → column
     "table1": _by_model(_TABLE1, _MODELS),
     "table2": _by_model(_TABLE2, ("CRATE", "CRATE-MLP", "CRATE-MHSA", "ViT")),
     "figure4": _by_model(_FIGURE4, _MODELS),
-}
-_TRANSFERRED = ("CRATE-T/8", "CRATE-S/8", "CRATE-B/8", "ViT-T/8", "ViT-B/8")
-# Table 3: data set → model → top-1 accuracy after pre-training on ImageNet-21k and fine-tuning all weights
-TRANSFER: dict[str, dict[str, float]] = {
-    name: dict(zip(_TRANSFERRED, row, strict=True))
-    for name, row in {
-        "imagenet": (0.627, 0.742, 0.795, 0.718, 0.858),
-        "cifar10": (0.941, 0.972, 0.981, 0.972, 0.989),
-        "cifar100": (0.767, 0.841, 0.879, 0.844, 0.901),
-        "flowers102": (0.822, 0.922, 0.967, 0.921, 0.995),
-        "pets": (0.770, 0.864, 0.907, 0.862, 0.918),
-    }.items()
 }
 
 
