@@ -195,7 +195,6 @@ def _comparison() -> argparse.ArgumentParser:
     add("--voc", help="images for coarse segmentation, such as voc:PATH")
     add("--voc-size", type=positive, help="size of the images of --voc in pixels; default the model's own")
     add("--layer", type=int, help="layer of every model; default each model's own")
-    add("--threshold", choices=("topk", "mass"), default="topk", help="mask threshold of --voc; default topk")
     return parser
 
 

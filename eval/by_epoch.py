@@ -9,49 +9,21 @@ model, initialised from `--seed`.
 import argparse
 import itertools
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError
-from crate_fast.eval.by_layer import MEASURES, check_measures, curves
-from crate_fast.eval.by_layer import evaluate as measure
+from crate_fast.eval.by_layer import check_measures, curves, evaluate
 from crate_fast.eval.common.command import Evaluation, open_data
 from crate_fast.eval.common.figures import Picture, curve_figure, image_grid, image_picture
 from crate_fast.eval.common.images import readable
-from crate_fast.eval.common.models import LoadedModel, open_model, split_label
+from crate_fast.eval.common.models import open_model, split_label
 from crate_fast.eval.pca import component_colours
 from crate_fast.options import main_of
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.runs import checkpoint_epoch, checkpoint_steps
-
-
-def evaluate(
-    models: Iterable[tuple[int, LoadedModel]],
-    images: Dataset,
-    layer: int | None = None,
-    measures: Sequence[str] = MEASURES,
-    **options,
-) -> dict[int, dict[str, float]]:
-    """Score one layer at each step; all scores are in percent.
-
-    Args:
-        models: Pairs (optimiser step, model); a generator can open the models one by one.
-        layer: The layer; each model's default when None.
-        measures, **options: See `by_layer.evaluate`.
-
-    Returns:
-        Step → scores, named as in `by_layer.evaluate`.
-    """
-    rows = {}
-    for step, loaded in models:
-        wanted = loaded.extract.resolve_layer(layer)
-        titled = options | {"progress": f"step {step}"} if options.get("progress") else options
-        rows[step] = measure(loaded, images, [wanted], measures, **titled)[wanted]
-    return rows
 
 
 def _command(options: argparse.Namespace) -> None:
@@ -77,7 +49,6 @@ def _command(options: argparse.Namespace) -> None:
     facts: list[dict] = []
     left_out: dict[int, str] = {}
     results: dict[int, dict[str, float]] = {}
-    settings |= evaluation.reading("step") | {"seed": options.seed}
     for step in [0, *chosen]:
         try:
             loaded = open_model(f"{label}={run}@{step}", **opening) if step else untrained
@@ -85,7 +56,8 @@ def _command(options: argparse.Namespace) -> None:
             print(f"left out: step {step}: {error}", file=sys.stderr)
             left_out[step] = str(error)
             continue
-        results |= evaluate([(step, loaded)], images, layer, measures, **settings)
+        reading = evaluation.reading(f"step {step}") | settings
+        results[step] = evaluate(loaded, images, [layer], measures, seed=options.seed, **reading)[layer]
         facts.append(loaded.facts)
         features = loaded.features(torch.stack(shown), [layer])  # one PCA per image (paper, Fig. 10, right)
         colours = [component_colours(tokens[None], features.grid) for tokens in features.keys(layer).cpu()]

@@ -43,7 +43,7 @@ def evaluate(
         fraction: Share of entries or mass kept. Other arguments: see `crate_fast.eval`.
 
     Returns:
-        See `AttentionScores.result`; the keys of "by_class" are class numbers.
+        See `segmentation.score_attention`.
 
     Raises:
         UserError: No image can be scored.
@@ -55,7 +55,7 @@ def evaluate(
         maps = {layer: features.cls_attention(layer) for layer in features.layers}
         targets = [sample.target.on_grid(features.grid) for sample in batch.samples]
         masks, valid = zip(*targets, strict=True)
-        scores.add(maps, masks, valid, [sample.target.classes for sample in batch.samples])
+        scores.add(maps, masks, valid)
     return scores.result()
 
 
@@ -82,8 +82,7 @@ def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
     layers = {loaded.label: attention_layers(options, loaded) for loaded in models}
     tasks = {loaded.label: (loaded, open_data(options, loaded), *layers[loaded.label]) for loaded in models}
-    first = tasks[models[0].label][1]
-    if not first.labelled:
+    if not tasks[models[0].label][1].labelled:
         raise UserError(f"--data {options.data} has no object masks: use voc:PATH, coco:PATH or shape_scenes")
     evaluation = Evaluation("coarse_segmentation", options, models)
 
@@ -112,7 +111,7 @@ def _command(options: argparse.Namespace) -> None:
     evaluation.write_table("heads", head_rows, show=False)
     for threshold in segmentation.THRESHOLDS:
         evaluation.written += _figure(shown, threshold, options, evaluation.folder)
-    evaluation.finish(results, {"class_names": first.class_names()}, ["* the paper's layer"])
+    evaluation.finish(results, notes=["* the paper's layer"])
 
 
 main = main_of("eval coarse_segmentation", _command)

@@ -13,7 +13,7 @@ import argparse
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError
-from crate_fast.eval import by_layer, coarse_segmentation
+from crate_fast.eval import by_layer
 from crate_fast.eval.by_layer import check_measures
 from crate_fast.eval.common import paper
 from crate_fast.eval.common.command import Evaluation, open_models
@@ -26,29 +26,27 @@ NEEDS = {"table1": ("maskcut",), "table2": ("coarse", "maskcut"), "figure4": ("c
 
 
 def evaluate(
-    loaded: LoadedModel, images: Dataset, measure: str, layer: int | None = None, threshold: str = "topk", **options
+    loaded: LoadedModel, images: Dataset, measure: str, layer: int | None = None, **options
 ) -> dict[str, float]:
     """Score one model at one layer in percent, with the paper's column names.
 
     Args:
         measure: "maskcut" or "coarse". Other arguments: see `crate_fast.eval`.
-        threshold: Threshold of "coarse"; "topk" follows the paper's text.
         **options: See `by_layer.evaluate`.
 
     Returns:
         For "maskcut": "box AP50", "box AP75", "box AP", "box AR100", the same with "mask", and "COCO images". For
-        "coarse": "VOC mIoU"; the mIoU of the baselines "mean mask", "random maps" and "constant mask"; "attention
-        AP", which needs no threshold; and "VOC images".
+        "coarse": "VOC mIoU" with `topk` masks, as in the paper's text; the mIoU of the baselines "mean mask", "random
+        maps" and "constant mask"; "attention AP", which needs no threshold; and "VOC images".
     """
     layer = loaded.extract.resolve_layer(layer)
     numbers = by_layer.evaluate(loaded, images, [layer], [measure], **options)[layer]
     if measure == "maskcut":
         return {"COCO images" if name == "images" else name: value for name, value in numbers.items()}
-    name = coarse_segmentation.NAMES[threshold]
     return {
-        "VOC mIoU": numbers[name],
-        "mean mask": numbers[f"mean mask {name}"],
-        "random maps": numbers[f"random {name}"],
+        "VOC mIoU": numbers["mIoU topk"],
+        "mean mask": numbers["mean mask mIoU topk"],
+        "random maps": numbers["random mIoU topk"],
         "constant mask": numbers["constant"],
         "attention AP": numbers["attention AP"],
         "VOC images": numbers["images"],
@@ -93,7 +91,7 @@ def _command(options: argparse.Namespace) -> None:
 
     def score(loaded: LoadedModel, images: Dataset, measure: str) -> tuple[str, dict[str, float]]:
         reading = evaluation.reading(f"{measure}, {loaded.label}") | {"seed": options.seed}
-        return loaded.label, evaluate(loaded, images, measure, options.layer, options.threshold, **reading)
+        return loaded.label, evaluate(loaded, images, measure, options.layer, **reading)
 
     ours: dict[str, dict[str, float]] = {}
     for label, row in evaluation.score(score, tasks).values():

@@ -64,9 +64,9 @@ def test_average_precision_is_the_area_under_its_curve(levels):
     assert average_precision(weights, torch.zeros_like(target)).eq(0).all()
 
 
-def _scores(maps: torch.Tensor, targets, valid=None, labels=None, fraction: float = 0.6) -> dict[str, dict]:
+def _scores(maps: torch.Tensor, targets, valid=None, fraction: float = 0.6) -> dict[str, dict]:
     scores = AttentionScores(fraction)
-    scores.add({0: maps}, targets, valid, labels)
+    scores.add({0: maps}, targets, valid)
     return scores.result()
 
 
@@ -90,11 +90,10 @@ def test_scores_are_averaged_over_an_images_classes_and_then_over_images():
     """The first image has one class, the second two."""
     left, right, all_ = [1.0, 1, 0, 0], [0.0, 0, 1, 1], [1.0, 1, 1, 1]
     targets = [torch.tensor([left]).bool(), torch.tensor([[1, 0, 0, 0], right]).bool()]
-    result = _scores(torch.tensor([[left, all_], [left, right]]), targets, labels=[[5], [5, 6]])
+    result = _scores(torch.tensor([[left, all_], [left, right]]), targets)
     row = result["topk"]["layers"][0]  # 60 % of 4 entries: 3 are kept, equal ones in order
     # left keeps 0, 1, 2; right keeps 2, 3, 0. Image 1: 2/3 for both heads. Image 2: class 5 1/3, class 6 2/3 (right).
     assert row["best_head"] == pytest.approx((2 / 3 + (1 / 3 + 2 / 3) / 2) / 2)
-    assert row["by_class"] == pytest.approx({5: (2 / 3 + 1 / 3) / 2, 6: 2 / 3})
     assert row["per_head"] == pytest.approx([(2 / 3 + (1 / 3 + 1 / 4) / 2) / 2, (2 / 3 + (1 / 3 + 2 / 3) / 2) / 2])
     assert row["fixed_head"] == max(row["per_head"])
 
@@ -115,9 +114,9 @@ def test_void_patches_objects_without_a_patch_and_images_without_objects_are_not
     assert result["constant"] == pytest.approx(1 / 2)  # one of two valid patches is object
     assert result["layers"][0]["best_head"] == pytest.approx(1 / 2)
     targets = [target[:0], torch.cat([target & False, target])]  # the first object of the second image has no patch
-    result = _scores(torch.rand(2, 1, 4), targets, labels=[[], [6, 7]])["mass"]
+    result = _scores(torch.rand(2, 1, 4), targets)["mass"]
     counts = [result[name] for name in ("images", "objects", "without_objects", "objects_without_patch")]
-    assert (counts, list(result["layers"][0]["by_class"])) == ([1, 1, 1, 1], [7])
+    assert counts == [1, 1, 1, 1]
     with pytest.raises(ValueError, match="none of the 1 images has an object that covers a patch"):
         _scores(torch.rand(1, 1, 4), [target & False])
 
@@ -139,7 +138,6 @@ def test_the_command_writes_scores_tables_and_figures(tmp_path, capsys, drawn):
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     results = content["results"]
     assert results["A"] == results["B"]
-    assert [[*layer["by_class"]] for layer in results["A"]["mass"]["layers"]] == [["1", "3", "20"]] * 2
     assert (results["A"]["topk"]["images"], results["A"]["topk"]["without_objects"]) == (2, 1)
     assert content["config"]["models"][0]["image_size"] == [32, 32]
     assert {"commit", "torch", "command"} <= content["provenance"].keys()

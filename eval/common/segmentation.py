@@ -123,16 +123,10 @@ class AttentionScores:
         self.fraction = fraction
         self._generator = torch.Generator().manual_seed(seed)
         self._scores: dict[tuple[str, int | str], list[Tensor]] = {}  # (reading, layer or baseline) → [T, H] or [T]
-        self._objects: list[tuple[Tensor, ...]] = []  # masks, valid patches, weights and labels of a batch's objects
+        self._objects: list[tuple[Tensor, ...]] = []  # masks, valid patches and weights of a batch's objects
         self.images = self.without_objects = self.objects_without_patch = 0
 
-    def add(
-        self,
-        maps: dict[int, Tensor],
-        targets: Sequence[Tensor],
-        valid: Sequence[Tensor] | None = None,
-        labels: Sequence[Sequence[int]] | None = None,
-    ) -> None:
+    def add(self, maps: dict[int, Tensor], targets: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> None:
         """Score a batch.
 
         Args:
@@ -140,7 +134,6 @@ class AttentionScores:
             targets: For each image the objects' masks on the patch grid, boolean [M, P]; M may be 0. An object
                 without a patch is counted and left out.
             valid: For each image the patches that count, boolean [P]; all when None.
-            labels: For each image the objects' class numbers, for scores by class.
         """
         target = torch.cat(list(targets)).cpu()
         seen = target.any(dim=1)
@@ -155,8 +148,7 @@ class AttentionScores:
             return
         valid = torch.ones(len(counts), n_patches, dtype=torch.bool) if valid is None else torch.stack(list(valid))
         valid = valid.cpu()[owner]
-        numbers = torch.tensor([n for image in labels for n in image])[seen] if labels else torch.zeros_like(owner)
-        self._objects.append((target, valid, 1 / counts[owner].double(), numbers))
+        self._objects.append((target, valid, 1 / counts[owner].double()))
         for reading in READINGS:
             for layer, attention in [*maps.items(), ("random", noise)]:
                 scored = self._read(reading, attention.float().cpu())[owner]
@@ -175,17 +167,15 @@ class AttentionScores:
                 f"none of the {self.without_objects} images has an object that covers a patch: use images with "
                 "objects, or a larger --image-size for a finer grid"
             )
-        target, valid, weights, labels = map(torch.cat, zip(*self._objects, strict=True))
+        target, valid, weights = map(torch.cat, zip(*self._objects, strict=True))
         mean_mask = (target.double() * weights.unsqueeze(1)).sum(dim=0) / weights.sum()
 
         def mean(values: Tensor) -> float:
             return float((values.double() * weights).sum() / weights.sum())
 
         def row(layer: int, per_head: Tensor) -> dict:
-            heads, best = [mean(head) for head in per_head.T], per_head.amax(dim=1)
-            by_class = {int(c): float(best[labels == c].mean()) for c in labels.unique()}
-            scores = {"best_head": mean(best), "fixed_head": max(heads), "per_head": heads}
-            return {"layer": layer, **scores, "by_class": by_class}
+            heads, best = [mean(head) for head in per_head.T], mean(per_head.amax(dim=1))
+            return {"layer": layer, "best_head": best, "fixed_head": max(heads), "per_head": heads}
 
         found = {}
         for reading in READINGS:
@@ -213,12 +203,12 @@ def score_attention(
 ) -> dict[str, dict]:
     """Score CLS attention of a CRATE and baselines against object masks on the patch grid: mean IoU and AP.
 
-    `batches` hold images, labels, and pixel masks [B, H, W]. The model is left in evaluation mode.
+    `batches` hold images, labels (unused), and pixel masks [B, H, W]. The model is left in evaluation mode.
 
     Returns:
         For each of `READINGS` (IoU with "topk" and "mass" masks, and "ap") a dictionary with
         "layers": for each, "layer"; "best_head", with the best head of each image (as in the paper); "per_head", with
-            one head for all images; "fixed_head", the largest of these; "by_class", class → best-head score;
+            one head for all images; "fixed_head", the largest of these;
         baselines: "constant", a mask of all patches; "random", the best of as many random maps as heads; "mean_mask",
             the objects' mean mask as the map of every image; "true_mask", the true mask as map;
         "fraction" (None for "ap"); numbers of scored "images" and "objects", of images "without_objects", and of
@@ -227,10 +217,9 @@ def score_attention(
     model.eval()
     device = next(model.parameters()).device
     scores = AttentionScores()
-    for images, labels, masks in batches:
+    for images, _, masks in batches:
         maps = {layer.index: layer.cls_attention() for layer in trace(model, normalize(images.to(device)))}
-        targets = [mask[None] for mask in mask_to_grid(masks, model.grid_size)]
-        scores.add(maps, targets, labels=[[label] for label in labels.tolist()])
+        scores.add(maps, [mask[None] for mask in mask_to_grid(masks, model.grid_size)])
     return scores.result()
 
 
