@@ -111,17 +111,14 @@ def _command(options: argparse.Namespace) -> None:
     for loaded in models:
         measures = check_measures(options.measures, loaded, data[loaded.label], options.data, **settings)
     evaluation = Evaluation("by_layer", options, models)
-
-    def score(loaded: LoadedModel) -> dict:
+    results, rows = {}, []
+    for loaded in models:
         reading = evaluation.reading(loaded.label) | settings
-        return evaluate(loaded, data[loaded.label], None, measures, seed=options.seed, **reading)
-
-    results = evaluation.score(score)
-    rows = [
-        {"model": loaded.label, "layer": f"{layer}{' *' * (layer == loaded.extract.default_layer)}", **numbers}
-        for loaded in models
-        for layer, numbers in results.get(loaded.label, {}).items()
-    ]
+        found = evaluate(loaded, data[loaded.label], None, measures, seed=options.seed, **reading)
+        results[loaded.label] = found
+        for layer, numbers in found.items():
+            star = " *" * (layer == loaded.extract.default_layer)
+            rows.append({"model": loaded.label, "layer": f"{layer}{star}", **numbers})
     evaluation.write_table("table", rows, digits=2)
     curve_figure(curves(results), "layer", evaluation.figure("by_layer"), from_zero=True, columns=3)
     evaluation.finish(results, notes=["* the paper's layer; all numbers except counts are in %"])

@@ -346,19 +346,15 @@ def _command(options: argparse.Namespace) -> None:
     evaluation = Evaluation("classify", options, models)
     names = ("pool", "limit", "train_limit", "seed", "batch_size", "workers")
     settings = {name: getattr(options, name) for name in names} | {"ks": options.k, "problems": evaluation.problems}
-    rows, notes, raw_scored = [], [], []
-
-    def score(loaded: LoadedModel, config: TrainConfig, data: DataSplits, protocols: tuple[str, ...]) -> dict:
+    results, rows, notes, sources = {}, [], [], []
+    for loaded, config, data, protocols in plan:
         source = {name: getattr(config, name) for name in _DATA_SETTINGS}
-        raw = options.raw_pixels and source not in raw_scored  # once per data set
+        raw = options.raw_pixels and source not in sources  # once per data set
+        sources.append(source)
         found = evaluate(loaded, data, protocols, raw_pixels=raw, **settings)
-        raw_scored.append(source)
-        return found | {"data": source}
-
-    results = evaluation.score(score, {task[0].label: task for task in plan})
-    for label, found in results.items():
-        of_raw = f"raw pixels {RAW_SIDE}×{RAW_SIDE} ({found['data']['dataset']})"
-        for name, scores in ((label, found), (of_raw, found.get("raw_pixels"))):
+        results[loaded.label] = found | {"data": source}
+        of_raw = f"raw pixels {RAW_SIDE}×{RAW_SIDE} ({config.dataset})"
+        for name, scores in ((loaded.label, found), (of_raw, found.get("raw_pixels"))):
             if scores:
                 rows.append(_row(name, found, scores))
                 notes += _notes(name, scores)

@@ -80,22 +80,18 @@ def _figure(
 
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
-    layers = {loaded.label: attention_layers(options, loaded) for loaded in models}
-    tasks = {loaded.label: (loaded, open_data(options, loaded), *layers[loaded.label]) for loaded in models}
-    if not tasks[models[0].label][1].labelled:
+    layers = [attention_layers(options, loaded) for loaded in models]
+    data = [open_data(options, loaded) for loaded in models]
+    if not data[0].labelled:
         raise UserError(f"--data {options.data} has no object masks: use voc:PATH, coco:PATH or shape_scenes")
     evaluation = Evaluation("coarse_segmentation", options, models)
-
-    def score(loaded: LoadedModel, images: Dataset, layers: list[int], _shown: int) -> dict:
-        read = evaluation.reading(loaded.label)
-        scores = evaluate(loaded, images, layers, options.fraction, options.seed, **read)
+    results, rows, head_rows = {}, [], []
+    for loaded, images, (wanted, _) in zip(models, data, layers, strict=True):
+        reading = evaluation.reading(loaded.label)
+        scores = evaluate(loaded, images, wanted, options.fraction, options.seed, **reading)
         print(f"{loaded.label}\n{segmentation.scores_table(scores, loaded.extract.default_layer)}")
-        return scores
-
-    results = evaluation.score(score, tasks)
-    shown = [(loaded, images, layer) for loaded, images, _, layer in tasks.values() if loaded.label in results]
-    rows, head_rows = [], []
-    for (loaded, *_), reading in itertools.product(shown, segmentation.READINGS):
+        results[loaded.label] = scores
+    for loaded, reading in itertools.product(models, segmentation.READINGS):
         scores, known = results[loaded.label][reading], {"model": loaded.label, "score": NAMES[reading]}
         equal = {name.replace("_", " "): scores[name] for name in (*BASELINES, "images", "objects")}
         equal["objects without a patch"] = scores["objects_without_patch"]
@@ -109,6 +105,7 @@ def _command(options: argparse.Namespace) -> None:
         print("The models have different patch grids, so their scores do not cover the same objects.")
     evaluation.write_table("table", rows, show=False)
     evaluation.write_table("heads", head_rows, show=False)
+    shown = [(loaded, images, layer) for loaded, images, (_, layer) in zip(models, data, layers, strict=True)]
     for threshold in segmentation.THRESHOLDS:
         evaluation.written += _figure(shown, threshold, options, evaluation.folder)
     evaluation.finish(results, notes=["* the paper's layer"])

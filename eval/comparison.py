@@ -72,7 +72,7 @@ def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
 
 
 def _command(options: argparse.Namespace) -> None:
-    config, tasks = {}, {}
+    config, tasks = {}, []
     for measure in NEEDS[options.table]:
         coco = measure == "maskcut"
         data, size = (options.coco, options.image_size) if coco else (options.voc, options.voc_size)
@@ -86,16 +86,12 @@ def _command(options: argparse.Namespace) -> None:
         for loaded in models:
             images = open_images(data, loaded.extract.image_size[0], options.limit)
             check_measures([measure], loaded, images, data)
-            tasks[f"{loaded.label}, {measure}"] = (loaded, images, measure)
+            tasks.append((loaded, images, measure))
     evaluation = Evaluation("comparison", options, [], f"comparison_{options.table}")
-
-    def score(loaded: LoadedModel, images: Dataset, measure: str) -> tuple[str, dict[str, float]]:
-        reading = evaluation.reading(f"{measure}, {loaded.label}") | {"seed": options.seed}
-        return loaded.label, evaluate(loaded, images, measure, options.layer, **reading)
-
     ours: dict[str, dict[str, float]] = {}
-    for label, row in evaluation.score(score, tasks).values():
-        ours.setdefault(label, {}).update(row)
+    for loaded, images, measure in tasks:
+        reading = evaluation.reading(f"{measure}, {loaded.label}") | {"seed": options.seed}
+        ours.setdefault(loaded.label, {}).update(evaluate(loaded, images, measure, options.layer, **reading))
     rows = compare(options.table, ours)
     evaluation.write_table(options.table, rows, digits=1)
     note = "Numbers in %; gap: ours − paper's. The paper uses 5,000 images of COCO val2017 and 1,449 of VOC2012 val."

@@ -259,28 +259,25 @@ def _figure(
 
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
-    layers = {loaded.label: attention_layers(options, loaded) for loaded in models}
-    tasks: dict[str, tuple[LoadedModel, Dataset, list[int], int]] = {}
+    layers = [attention_layers(options, loaded) for loaded in models]
     kind, _, path = options.data.partition(":")
     if options.boxes and (kind != "folder" or not path):
         raise UserError(f"--data {options.data}: with --boxes it must be folder:PATH")
+    data = []
     for loaded in models:
         if options.boxes:
-            images = BoxedImages(Path(path), loaded.extract.image_size[0], options.boxes, options.limit)
+            data.append(BoxedImages(Path(path), loaded.extract.image_size[0], options.boxes, options.limit))
         else:
-            images = open_data(options, loaded)
-        if not images.has_instances:
+            data.append(open_data(options, loaded))
+        if not data[-1].has_instances:
             raise UserError(f"--data {options.data} has no boxes: use coco:PATH, or name them with --boxes")
-        tasks[loaded.label] = (loaded, images, *layers[loaded.label])
     evaluation = Evaluation("localization", options, models)
-
-    def score(loaded: LoadedModel, images: Dataset, layers: list[int], _shown: int) -> dict:
-        reading = evaluation.reading(loaded.label)
-        return evaluate(loaded, images, layers, options.resolution, seed=options.seed, **reading)
-
-    results = evaluation.score(score, tasks)
-    shown = [(loaded, images, layer) for loaded, images, _, layer in tasks.values() if loaded.label in results]
-    rows = [row for m, *_ in shown for row in _rows(m.label, results[m.label], m.extract.default_layer)]
+    results, rows, shown = {}, [], []
+    for loaded, images, (wanted, layer) in zip(models, data, layers, strict=True):
+        reading = evaluation.reading(loaded.label) | {"seed": options.seed}
+        results[loaded.label] = evaluate(loaded, images, wanted, options.resolution, **reading)
+        rows += _rows(loaded.label, results[loaded.label], loaded.extract.default_layer)
+        shown.append((loaded, images, layer))
     evaluation.write_table("table", rows)
     evaluation.written += _figure(shown, results, options, evaluation.folder)
     counts = next(iter(results.values()))

@@ -152,22 +152,6 @@ def test_options_are_checked_before_a_model_is_scored(line, message, data, tmp_p
     refuses(message, cli.main, ["eval", protocol, "--output", str(tmp_path), *words])
 
 
-def test_a_model_that_cannot_be_scored_is_left_out_of_a_comparison(tmp_path, refuses, monkeypatch):
-    evaluate = comparison.evaluate
-
-    def not_b(subject, *arguments, **more):
-        if subject.label == "b":
-            raise UserError("none of its objects covers a patch")
-        return evaluate(subject, *arguments, **more)
-
-    monkeypatch.setattr(comparison, "evaluate", not_b)
-    models = [f"{name}={UNTRAINED}" for name in "abc"] + SMALL
-    words = [*models, "--table", "figure4", "--voc", "shape_scenes", "--limit", "2", "--output", str(tmp_path)]
-    message = f"b.*none of its objects covers a patch; the other models' results are in {tmp_path}"
-    refuses(message, comparison.main, words)
-    assert [row["model"] for row in _results(tmp_path)["results"]["rows"]] == ["a", "c"]
-
-
 def test_weights_that_are_not_finite_are_an_error_when_opened(tmp_path):
     model = timm.create_model("crate_tiny_patch8_224", num_classes=3, depth=1)
     model.transformer.layers[0][0].fn.qkv.weight.data[0, 0] = float("inf")

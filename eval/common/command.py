@@ -1,11 +1,9 @@
 """Models, images and output files of the protocols' commands. The options are in crate_fast/options.py."""
 
 import argparse
-import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -44,7 +42,7 @@ def attention_layers(options: argparse.Namespace, loaded: LoadedModel) -> tuple[
 
 
 class Evaluation:
-    """Output of one command: written files, unreadable images, and models that could not be scored.
+    """Output of one command: written files, and lines about unreadable images.
 
     Construct it before anything is computed, so that an unusable output folder is found early. Without `--output` the
     folder is runs/eval/FOLDER/MODELS, where FOLDER is `folder` or the protocol's name.
@@ -56,7 +54,6 @@ class Evaluation:
         self.folder = files.make_folder(options.output or Path("runs/eval") / (folder or protocol) / labels[:120])
         self.problems: list[str] = []  # one line for each unreadable image, from `images.batches`
         self.written: list[Path] = []  # without results.json
-        self._failures: list[str] = []
 
     def model_folder(self, loaded: LoadedModel) -> Path:
         """Return the folder of one model's files; for a single model, the output folder itself."""
@@ -66,21 +63,6 @@ class Evaluation:
         """Return arguments of `images.batches` from the command's options; `title` is that of the progress bar."""
         batch_size, workers = self.options.batch_size, self.options.workers
         return {"batch_size": batch_size, "workers": workers, "progress": title, "problems": self.problems}
-
-    def score(self, compute: Callable[..., Any], arguments: dict[str, tuple] | None = None) -> dict[str, Any]:
-        """Return label → result of `compute`. A `UserError` is raised only if all fail; `finish` reports others.
-
-        `arguments` maps labels to arguments of `compute`; by default, each model is the argument.
-        """
-        results = {}
-        for label, values in (arguments or {loaded.label: (loaded,) for loaded in self.models}).items():
-            try:
-                results[label] = compute(*values)
-            except UserError as error:
-                self._failures.append(f"{label}: {error}")
-        if not results:
-            raise UserError("; ".join(self._failures))
-        return results
 
     def figure(self, name: str) -> list[Path]:
         """Return the PNG and PDF paths of a figure, and add them to `written`."""
@@ -112,8 +94,6 @@ class Evaluation:
         write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         print(*notes, sep="\n", end="\n" if notes else "")
         print(f"unreadable images: {len(self.problems)}\nwritten:", path, *self.written, sep="\n  ")
-        if self._failures:
-            raise UserError("; ".join(self._failures) + f"; the other models' results are in {self.folder}")
 
 
 def read_images(
@@ -123,19 +103,19 @@ def read_images(
 
     `containing` is the name of a class: only images with it are read, and `--limit` counts these.
     """
-    limit, wanted = evaluation.options.limit, None
-    images = open_images(evaluation.options.data, loaded.extract.image_size[0], None if containing else limit)
-    if containing is not None:
-        names = images.class_names()
-        wanted = next((number for number, name in names.items() if name == containing), None)
-        if wanted is None:
-            known = f"it has {', '.join(names.values())}" if names else "it has no object masks"
-            raise UserError(f"--class {containing!r}: the data set has no such class; {known}")
-    read = batches(images, **evaluation.reading(f"reading for {loaded.label}"))
-    samples = (s for batch in read for s in batch.samples if wanted is None or wanted in s.target.classes)
-    samples = itertools.islice(samples, limit if containing else None)
-    while part := list(itertools.islice(samples, evaluation.options.batch_size)):
-        kept += part
-        yield Batch(torch.stack([sample.image for sample in part]), part)
+    options = evaluation.options
+    images = open_images(options.data, loaded.extract.image_size[0], None if containing else options.limit)
+    names = {name: number for number, name in images.class_names().items()}
+    if containing is not None and containing not in names:
+        known = f"it has {', '.join(names)}" if names else "it has no object masks"
+        raise UserError(f"--class {containing!r}: the data set has no such class; {known}")
+    for batch in batches(images, **evaluation.reading(f"reading for {loaded.label}")):
+        samples = [s for s in batch.samples if containing is None or names[containing] in s.target.classes]
+        samples = samples[: options.limit - len(kept)]
+        kept += samples
+        if samples:
+            yield Batch(torch.stack([sample.image for sample in samples]), samples)
+        if len(kept) == options.limit:
+            return
     if not kept:
         raise UserError(f"--class {containing}: none of the {len(images)} images contains it; choose another")
