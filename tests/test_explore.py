@@ -25,11 +25,12 @@ from image_data import encoded, write_tree
 from PIL import Image
 from torchvision.ops import masks_to_boxes
 
+from crate_fast.errors import UserError
 from crate_fast.eval.common.images import SceneImages, free_photographs
 from crate_fast.eval.common.models import open_model
 from crate_fast.eval.explore import command, inspection
 from crate_fast.eval.explore.command import default_choices
-from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, Pictures, UnknownPictureError, decode
+from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, Pictures, decode
 from crate_fast.eval.maskcut import maskcut
 from crate_fast.eval.pca import pca_rgb
 from crate_fast.options import parse
@@ -173,7 +174,7 @@ def test_a_bad_upload_is_refused_with_the_reason_and_never_unpickled(address, tm
         ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "no image"),
     ):
         answer = send(address, data, name)
-        assert answer.status_code == 422
+        assert answer.status_code == 400
         assert re.search(f"{name}.*{reason}", answer.json()["error"])
     assert not (tmp_path / "caught").exists()
     assert decode(picture_file(1, (5000, 2500), "JPEG"), "a.jpg").size == (2048, 1024)  # large ones are made smaller
@@ -198,7 +199,7 @@ def test_nothing_outside_the_folder_can_be_read(address, folder, tmp_path):
     for picture in (*outside, "f2", "f-1", "f٣", "s0", "", "u" + 64 * "0"):
         for path in ("picture", "summary"):
             answer = httpx.get(f"{address}/api/{path}", params={"model": 0, "picture": picture})
-            assert answer.status_code == 404, (path, picture)
+            assert answer.status_code == 400, (path, picture)
     paths = ("/../setup.py", "/%2e%2e/setup.py", "/..%2fserver.py", "/server.py", "//etc/passwd", "/page/", "/.git")
     for path in paths:
         request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -207,7 +208,7 @@ def test_nothing_outside_the_folder_can_be_read(address, folder, tmp_path):
     later = Pictures(tmp_path)
     (tmp_path / "0.png").unlink()
     (tmp_path / "0.png").symlink_to(folder.parent / "secret.png")
-    with pytest.raises(UnknownPictureError, match="no longer in the folder"):
+    with pytest.raises(UserError, match="no longer in the folder"):
         later.view("f0")
 
 
@@ -244,7 +245,7 @@ def test_a_wrong_request_is_answered_with_the_reason(address, path, parameters, 
 
 def test_caches_are_bounded():
     explorer = explorer_with(*SHIPPED)
-    explorer.inspections.limit = 900_000  # two pictures of the packaged CRATE
+    explorer.inspections.limit = 2
     for number in range(5):
         explorer.inspection(0, f"s{number}")
     assert list(explorer.inspections.values) == [(0, "s3"), (0, "s4")]
@@ -253,9 +254,9 @@ def test_caches_are_bounded():
         explorer.model(number)
     assert list(explorer.models.values) == [0, 2]
     files = [picture_file(number) for number in range(3)]
-    explorer.pictures._uploads.limit = sum(map(len, files[1:]))
+    explorer.pictures._uploads.limit = 2
     keys = [explorer.pictures.add(data, "a.png") for data in files]
-    with pytest.raises(UnknownPictureError, match="upload it again"):
+    with pytest.raises(UserError, match="upload it again"):
         explorer.pictures.view(keys[0])
     assert explorer.pictures.view(keys[2]).size == (96, 64)
 
@@ -321,22 +322,15 @@ def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_an_error_message(tiny
     monkeypatch.setattr(explorer, "setup", lambda: int("nonsense"))  # stands for a bug
     with served(explorer) as address:
         answer = httpx.get(f"{address}/api/summary", params={"model": 0, "picture": "s0"})
-        assert answer.status_code == 422
+        assert answer.status_code == 400
         assert "model.safetensors" in answer.json()["error"]
         assert httpx.get(f"{address}/api/setup").status_code == 500
         assert ask(address, "summary", model=1, picture="s0")["depth"] == 2
     (new / "checkpoints" / "step_00000008" / "model.safetensors").write_bytes(b"nothing")
     shutil.rmtree(runs / "old")
     monkeypatch.chdir(tmp_path)
-    explorer = command.open_explorer(parse("explore", ["--device", "cpu"]))
-    assert "left out" in explorer.note
-    assert "model.safetensors" in explorer.note
-    assert explorer.inspection(0, "s0").summary["depth"] == 6
-
-
-def test_loopback_addresses_are_recognised():
-    hosts = ("127.0.0.1", "127.0.0.2", "::1", "localhost", "0.0.0.0", "pc")
-    assert [command._is_loopback(host) for host in hosts] == [True] * 4 + [False] * 2
+    with pytest.raises(UserError, match="model.safetensors"):
+        command.open_explorer(parse("explore", ["--device", "cpu"]))
 
 
 def _serve(out, err) -> None:

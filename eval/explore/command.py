@@ -10,7 +10,6 @@ writes nothing to disk; uploads stay in memory.
 
 import argparse
 import contextlib
-import ipaddress
 import socket
 import sys
 import threading
@@ -30,8 +29,7 @@ from crate_fast.train import checkpoint
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.runs import checkpoint_steps
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_ANY = ("0.0.0.0", "::")
+_LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def model_choices(specification: str) -> list[ModelChoice]:
@@ -77,47 +75,30 @@ def open_explorer(options: argparse.Namespace) -> Explorer:
     if not choices:
         choices, note = default_choices()
     explorer = Explorer(choices, note, pictures, **opening)
-    try:
-        explorer.model(0)
-    except UserError as error:
-        others = [choice for choice in choices if choice.group != choices[0].group]
-        if options.checkpoint or not others:
-            raise
-        explorer = Explorer(others, f"The newest run is left out: {error}", pictures, **opening)
-        explorer.model(0)
+    explorer.model(0)  # raises before the page is served
     return explorer
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
     """Return a listening socket at the port or, when None, at the first free port from the default on."""
-    ipv6 = ":" in host
     for candidate in [port] if port else range(PORT, PORT + 50):
-        try:  # early requests wait for the server
-            family = socket.AF_INET6 if ipv6 else socket.AF_INET
-            return socket.create_server((host, candidate), family=family, dualstack_ipv6=ipv6)
+        try:
+            return socket.create_server((host, candidate))  # early requests wait for the server
         except (OSError, OverflowError) as error:
             last = error
     raise UserError(f"--host {host} --port {port or PORT}: {last}; give another --port or --host") from last
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _serve(options: argparse.Namespace) -> None:
     explorer = open_explorer(options)
     listener = _listen(options.host, options.port)
-    port = listener.getsockname()[1]
-    address = f"http://[{options.host}]:{port}" if ":" in options.host else f"http://{options.host}:{port}"
+    address = f"http://{options.host}:{listener.getsockname()[1]}"
     print(f"{address} (stop with Ctrl-C)", flush=True)
-    if not _is_loopback(options.host):
+    if options.host not in _LOOPBACK:
         print(f"--host {options.host}: everyone who can reach this computer can use the page", file=sys.stderr)
     elif not options.no_browser:
         threading.Timer(1.0, webbrowser.open, [address]).start()
-    hosts = None if options.host in _ANY else (options.host, *_LOOPBACK)
+    hosts = None if options.host == "0.0.0.0" else (options.host, *_LOOPBACK)
     server = uvicorn.Server(uvicorn.Config(application(explorer, hosts), log_level="warning"))
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
         server.run(sockets=[listener])

@@ -19,8 +19,7 @@ from crate_fast.model import CRATE
 from crate_fast.whitebox import LayerTrace, visit_layers
 
 COMPONENTS = ("all", "parts")  # components 2 to 4 of all patches (Fig. 6); 1 to 3 of the foreground (Fig. 9)
-_OPEN_MODELS = 4  # in memory
-_INSPECTIONS_BYTES = 512 * 2**20  # memory for recent inspections
+_OPEN_MODELS, _INSPECTIONS = 4, 8  # numbers kept in memory; the tokens of B/8 at 480 px take 130 MiB
 
 
 class ModelChoice(NamedTuple):
@@ -52,13 +51,6 @@ class Inspection:
         self.features, self.summary = features, summary
         self._found = LRUCache(len(COMPONENTS) + len(features.layers))  # all are kept
         self._components, self._masks = threading.Lock(), threading.Lock()
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the tokens in bytes."""
-        layers = self.features.layers.values()
-        storages = [tensor.untyped_storage() for layer in layers for tensor in (layer.queries, layer.keys)]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # some are shared
 
     def attention(self, layer: int, patch: int | None) -> dict:
         """Return the attention of a patch, or of CLS when None, in all heads of a layer: "heads" [H][P]."""
@@ -149,7 +141,7 @@ class Explorer:
     def __init__(self, choices: list[ModelChoice], note: str, pictures: Pictures, **opening):
         self.choices, self.note, self.pictures, self.opening = choices, note, pictures, opening
         self.models = LRUCache(_OPEN_MODELS)
-        self.inspections = LRUCache(_INSPECTIONS_BYTES, size=lambda inspection: inspection.bytes)
+        self.inspections = LRUCache(_INSPECTIONS)
         self._opening = threading.Lock()  # one at a time: initial weights come from the global random generator
 
     def setup(self) -> dict:

@@ -24,16 +24,16 @@ _MAX_PIXELS = 50_000_000
 _MAX_SIDE = 2048  # larger pictures are scaled down
 _DECODING = threading.BoundedSemaphore(2)  # one picture may take 350 MiB
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_UPLOADS_BYTES = 256 * 2**20
+_MAX_UPLOADS = 12  # in memory
 _MAX_LISTED = 200  # images of a folder
 _SCENES, _SCENE_SIZE = 12, 256  # number, and side in pixels
 
 
 class LRUCache:
-    """Thread-safe mapping that drops the least recently used values above a total size, but never the newest."""
+    """Thread-safe mapping of at most `limit` values, which drops the least recently used."""
 
-    def __init__(self, limit: int, size: Callable[[Any], int] = lambda _: 1):
-        self.limit, self.size = limit, size
+    def __init__(self, limit: int):
+        self.limit = limit
         self.values: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -49,7 +49,7 @@ class LRUCache:
         with self._lock:
             self.values[key] = value
             self.values.move_to_end(key)
-            while len(self.values) > 1 and sum(map(self.size, self.values.values())) > self.limit:
+            while len(self.values) > self.limit:
                 self.values.popitem(last=False)
 
     def once(self, key: Hashable, lock: threading.Lock, make: Callable[[], Any]) -> Any:
@@ -60,14 +60,6 @@ class LRUCache:
                     found = make()
                     self.put(key, found)
         return found
-
-
-class UnreadablePictureError(UserError):
-    """A picture that cannot be decoded, or is too large."""
-
-
-class UnknownPictureError(UserError):
-    """An id that belongs to no picture, or to one that was dropped."""
 
 
 def decode(data: bytes, name: str) -> Image.Image:
@@ -83,19 +75,19 @@ def decode(data: bytes, name: str) -> Image.Image:
             picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
             return picture
     except UserError as error:
-        raise UnreadablePictureError(f"{name} has {error}") from error
+        raise UserError(f"{name} has {error}") from error
     except Image.UnidentifiedImageError as error:
         known = ", ".join(_FORMATS)
-        raise UnreadablePictureError(f"{name} is no image of a supported format: choose one of {known}") from error
+        raise UserError(f"{name} is no image of a supported format: choose one of {known}") from error
     except UNREADABLE as error:
-        raise UnreadablePictureError(f"{name} cannot be read ({error}): choose another") from error
+        raise UserError(f"{name} cannot be read ({error}): choose another") from error
 
 
 class Pictures:
     """Selectable pictures: the images of a folder, or free photographs and scenes; and uploads."""
 
     def __init__(self, folder: Path | None):
-        self._uploads = LRUCache(_UPLOADS_BYTES, size=lambda upload: len(upload[1]))  # id → (name, data)
+        self._uploads = LRUCache(_MAX_UPLOADS)  # id → (name, data)
         self.note, self._root = "", None  # text above the list on the page; resolved folder
         self._known: dict[str, tuple[str, Path | int]]  # id → name, and file or number of the scene
         if folder is None:
@@ -138,13 +130,13 @@ class Pictures:
             return Image.fromarray(self.pixels(key, _SCENE_SIZE).permute(1, 2, 0).numpy())
         if place is not None:
             if not self._inside(place):
-                raise UnknownPictureError(f"{place.name} is no longer in the folder: restart the explorer")
+                raise UserError(f"{place.name} is no longer in the folder: restart the explorer")
             if place.stat().st_size > MAX_UPLOAD_BYTES:
-                raise UnreadablePictureError(f"{place.name} has more than 20 MiB: make it smaller")
+                raise UserError(f"{place.name} has more than 20 MiB: make it smaller")
             return decode(place.read_bytes(), _printable(place.name))
         upload = self._uploads.get(key)
         if upload is None:
-            raise UnknownPictureError("this picture is not in memory: choose another, or upload it again")
+            raise UserError("this picture is not in memory: choose another, or upload it again")
         name, data = upload
         return decode(data, name)
 

@@ -9,10 +9,9 @@
     GET  /api/components?model=0&picture=ID&which=all          `Inspection.components`
     GET  /api/masks?model=0&picture=ID&layer=2                 `Inspection.masks`
 
-A user's error returns {"error": message} with status 4xx. A bug returns status 500; its traceback is in the log.
+A user's error returns {"error": message} with status 400. A bug returns status 500; its traceback is in the log.
 """
 
-import asyncio
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,12 +28,10 @@ from starlette.staticfiles import StaticFiles
 
 from crate_fast.errors import UserError
 from crate_fast.eval.explore.inspection import Explorer, Inspection
-from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, Pictures, UnknownPictureError, UnreadablePictureError
-from crate_fast.train.checkpoint import CheckpointError
+from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, Pictures
 
 _PAGE = Path(__file__).parent / "page"
 _MAX_VIEW_SIDE = 1024
-_MAX_UPLOADS = 4  # request bodies in memory at once
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -42,12 +39,6 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
-}
-_STATUS: dict[type[UserError], int] = {
-    UnknownPictureError: 404,
-    UnreadablePictureError: 422,
-    CheckpointError: 422,
-    UserError: 400,
 }
 
 
@@ -73,10 +64,6 @@ def _integer(request: Request, name: str, *default: int | None) -> int | None:
     return int(word)
 
 
-def _refusal(_request: Request, error: UserError) -> Response:
-    return _error(next(status for kind, status in _STATUS.items() if isinstance(error, kind)), str(error))
-
-
 async def _body(request: Request) -> bytes | None:
     """Return the request body, or None as soon as it exceeds the limit."""
     parts, length = [], 0
@@ -100,7 +87,7 @@ def _jpeg(pictures: Pictures, request: Request) -> Response:
 def application(explorer: Explorer, hosts: Sequence[str] | None = None) -> Starlette:
     """Build the ASGI application. Requests may use the host names `hosts`; None allows all."""
     names = None if hosts is None else [host.lower() for host in hosts]
-    pictures, slots = explorer.pictures, asyncio.Semaphore(_MAX_UPLOADS)
+    pictures = explorer.pictures
 
     async def guard(request: Request, answer: RequestResponseEndpoint) -> Response:
         """Add the headers; reject pages of other sites and unknown host names (DNS rebinding)."""
@@ -117,8 +104,7 @@ def application(explorer: Explorer, hosts: Sequence[str] | None = None) -> Starl
     async def upload(request: Request) -> Response:
         name = Path(request.query_params.get("name", "")).name[:120] or "the picture"
         try:
-            async with slots:
-                data = await _body(request)
+            data = await _body(request)
         except ClientDisconnect:
             return _error(400, f"the upload of {name} was interrupted: try again")
         if data is None:
@@ -150,7 +136,7 @@ def application(explorer: Explorer, hosts: Sequence[str] | None = None) -> Starl
             Mount("/", StaticFiles(directory=_PAGE, html=True)),
         ],
         middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)],
-        exception_handlers={UserError: _refusal},
+        exception_handlers={UserError: lambda _, error: _error(400, str(error))},
     )
     app.router.redirect_slashes = False
     return app

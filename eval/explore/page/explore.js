@@ -31,7 +31,7 @@ class Page {
 
   // Settings of the maps, read when used: after going back to the page, a browser restores its controls.
   get choices() {
-    return { table: this.setup.colours, over: byId("over").checked, shared: byId("scale").value === "layer" };
+    return { table: this.setup.colours, over: byId("over").checked };
   }
 
   #addPicture({ id, name }, where = "append") {
@@ -119,7 +119,7 @@ class Page {
 
   #wire() {
     const redraw = () => this.panels.forEach((panel) => panel.redraw());
-    for (const source of [byId("over"), byId("scale"), dark]) source.addEventListener("change", redraw);
+    for (const source of [byId("over"), dark]) source.addEventListener("change", redraw);
     byId("compare").addEventListener("change", () => this.#fitPanels());
     byId("cls").addEventListener("click", () => this.queryChosen(null));
     byId("file").addEventListener("change", ({ target }) => {

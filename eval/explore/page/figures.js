@@ -1,7 +1,7 @@
 // The figures of a panel. Each has a name, a title, a caption, a drawing, rows for a CSV file and words for file names,
 // all made from the panel's view: { model, label, picture, summary, layer, patch, attention, masks, components }.
 // Attention and masks contain their layer, and are null until the server answers. `colours` is a palette of draw.js
-// with the page's settings: colour map (table), maps over the picture (over), one scale for all heads (shared).
+// with the page's settings: colour map (table), maps over the picture (over).
 
 import * as draw from "./draw.js";
 
@@ -79,17 +79,15 @@ const attention = {
   draw(view, canvas, colours, width) {
     const { heads, patch } = view.attention;
     const { boxes, height } = layout(view, heads.length, width, 130);
-    const shared = colours.shared && draw.limits(heads.flat());
-    const context = draw.prepare(canvas, width, height + (shared ? 28 : 0), colours);
+    const context = draw.prepare(canvas, width, height, colours);
     heads.forEach((values, head) => {
-      const range = shared || draw.limits(values);
+      const range = draw.limits(values);
       const [x, y, side] = boxes[head];
       draw.text(context, `head ${head}`, x, y - 10, colours.ink, { size: 13, weight: 600 });
-      if (!shared) draw.text(context, `to ${draw.short(range[1])}`, x + side, y - 10, colours.soft, { align: "right" });
+      draw.text(context, `to ${draw.short(range[1])}`, x + side, y - 10, colours.soft, { align: "right" });
       map(view, context, values, boxes[head], range, colours);
       queryFrame(view, patch, context, boxes[head]);
     });
-    if (shared) draw.scale(context, height, shared, colours);
   },
   rows: (view) => [
     ["layer", "query", "head", "row", "column", "attention"],
