@@ -12,7 +12,7 @@ maps are scored for comparison.
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -49,14 +49,15 @@ def evaluate(
         UserError: No image can be scored.
     """
     layers = range(loaded.extract.depth) if layers is None else layers
-    scores = segmentation.AttentionScores(fraction, seed)
-    for batch in batches(images, **reading):
-        features = loaded.features(batch.images, list(layers))
-        maps = {layer: features.cls_attention(layer) for layer in features.layers}
-        targets = [sample.target.on_grid(features.grid) for sample in batch.samples]
-        masks, valid = zip(*targets, strict=True)
-        scores.add(maps, masks, valid)
-    return scores.result()
+
+    def read() -> Iterator[tuple]:
+        for batch in batches(images, **reading):
+            features = loaded.features(batch.images, list(layers))
+            maps = {layer: features.cls_attention(layer) for layer in features.layers}
+            targets = [sample.target.on_grid(features.grid) for sample in batch.samples]
+            yield maps, *zip(*targets, strict=True)
+
+    return segmentation.score_attention(read(), fraction, seed)
 
 
 def _figure(

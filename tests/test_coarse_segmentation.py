@@ -10,7 +10,7 @@ from test_images import make_voc
 from crate_fast.eval import coarse_segmentation
 from crate_fast.eval.common.images import open_images
 from crate_fast.eval.common.models import open_model
-from crate_fast.eval.common.segmentation import AttentionScores, attention_to_mask, average_precision
+from crate_fast.eval.common.segmentation import attention_to_mask, average_precision, score_attention
 from crate_fast.eval.common.segmentation import intersection_over_union as iou
 
 MODEL = "crate_tiny_patch8_224@untrained"
@@ -65,9 +65,7 @@ def test_average_precision_is_the_area_under_its_curve(levels):
 
 
 def _scores(maps: torch.Tensor, targets, valid=None, fraction: float = 0.6) -> dict[str, dict]:
-    scores = AttentionScores(fraction)
-    scores.add({0: maps}, targets, valid)
-    return scores.result()
+    return score_attention([({0: maps}, targets, valid)], fraction)
 
 
 def test_average_precision_does_not_depend_on_the_spread_of_a_map():
@@ -99,11 +97,9 @@ def test_scores_are_averaged_over_an_images_classes_and_then_over_images():
 
 
 def test_the_mean_mask_is_the_mean_over_all_images():
-    scores = AttentionScores(fraction=0.5)
     left = torch.tensor([[True, True, False, False]])
-    for target in (left, left, left, ~left):
-        scores.add({0: torch.rand(1, 2, 4)}, [target])
-    result = scores.result()["topk"]
+    batches = [({0: torch.rand(1, 2, 4)}, [target], None) for target in (left, left, left, ~left)]
+    result = score_attention(batches, fraction=0.5)["topk"]
     assert result["mean_mask"] == pytest.approx(3 / 4)
     assert (result["true_mask"], result["images"]) == (1.0, 4)
 

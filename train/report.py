@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from torchvision.utils import make_grid
 
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid
-from crate_fast.eval.common.segmentation import NoObjectsError, score_attention, scores_table
+from crate_fast.eval.common.segmentation import NoObjectsError, mask_to_grid, score_attention, scores_table
 from crate_fast.train import checkpoint
 from crate_fast.train.data import eval_loader, readable
 from crate_fast.train.distributed import Processes
@@ -172,9 +172,15 @@ def _attention_report(trainer: Trainer, model: CRATE) -> dict:
     image_grid(rows, [trainer.run.folder / "attention.png"], row_titles=titles, column_titles=columns)
     if data.masks is None:
         return {}
-    batches = ((batch.images, batch.labels, batch.masks) for batch in eval_loader(trainer.config, data.masks))
+
+    def read() -> Iterator[tuple]:
+        for batch in eval_loader(trainer.config, data.masks):
+            pixels = trainer.normalize(batch.images.to(trainer.device))
+            maps = {layer_trace.index: layer_trace.cls_attention() for layer_trace in trace(model, pixels)}
+            yield maps, [mask[None] for mask in mask_to_grid(batch.masks, model.grid_size)], None
+
     try:
-        scores = score_attention(model, batches, trainer.normalize)
+        scores = score_attention(read())
     except NoObjectsError as error:  # a finished training must not end in an error
         warnings.warn(f"attention maps are not scored: {error}", stacklevel=2)
         return {}

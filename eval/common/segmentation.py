@@ -1,13 +1,12 @@
 """Masks and scores of attention maps for coarse segmentation (paper, §3.2 and B.3)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from crate_fast.errors import UserError
-from crate_fast.whitebox import trace
 
 THRESHOLDS = ("topk", "mass")
 READINGS = (*THRESHOLDS, "ap")  # IoU of two kinds of masks; average precision, without a threshold
@@ -104,106 +103,22 @@ def average_precision(weights: Tensor, target: Tensor, valid: Tensor | None = No
 _SCORES = {"topk": intersection_over_union, "mass": intersection_over_union, "ap": average_precision}
 
 
-class AttentionScores:
-    """Accumulator of attention-map scores on objects, with baselines.
+def score_attention(
+    batches: Iterable[tuple[dict[int, Tensor], Sequence[Tensor], Sequence[Tensor] | None]],
+    fraction: float = 0.6,
+    seed: int = 0,
+) -> dict[str, dict]:
+    """Score CLS attention and baselines against object masks on the patch grid: mean IoU and AP.
 
     The score of an object is the IoU of its mask with that of the best head (paper, Eq. 13). Scores are averaged over
     the objects of an image, then over images (Eq. 14). Average precision is averaged in the same way.
 
     Args:
+        batches: For each batch: layer → CLS attention [B, H, P]; for each image the objects' masks, boolean [M, P],
+            where M may be 0 (an object without a patch is counted and left out); for each image the patches that
+            count, boolean [P], or None for all.
         fraction: See `attention_to_mask`.
         seed: Seed of the random maps.
-
-    Raises:
-        UserError: The fraction is out of range.
-    """
-
-    def __init__(self, fraction: float = 0.6, seed: int = 0):
-        _check_fraction(fraction)
-        self.fraction = fraction
-        self._generator = torch.Generator().manual_seed(seed)
-        self._scores: dict[tuple[str, int | str], list[Tensor]] = {}  # (reading, layer or baseline) → [T, H] or [T]
-        self._objects: list[tuple[Tensor, ...]] = []  # masks, valid patches and weights of a batch's objects
-        self.images = self.without_objects = self.objects_without_patch = 0
-
-    def add(self, maps: dict[int, Tensor], targets: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> None:
-        """Score a batch.
-
-        Args:
-            maps: Layer → CLS attention [B, H, P].
-            targets: For each image the objects' masks on the patch grid, boolean [M, P]; M may be 0. An object
-                without a patch is counted and left out.
-            valid: For each image the patches that count, boolean [P]; all when None.
-        """
-        target = torch.cat(list(targets)).cpu()
-        seen = target.any(dim=1)
-        owner = torch.repeat_interleave(torch.arange(len(targets)), torch.tensor(list(map(len, targets))))[seen]
-        target, counts = target[seen], torch.bincount(owner, minlength=len(targets))
-        heads, n_patches = next(iter(maps.values())).shape[1:]
-        noise = torch.rand((len(counts), heads, n_patches), generator=self._generator)  # drawn for every image
-        self.objects_without_patch += int((~seen).sum())
-        self.images += int((counts > 0).sum())
-        self.without_objects += int((counts == 0).sum())
-        if not len(target):
-            return
-        valid = torch.ones(len(counts), n_patches, dtype=torch.bool) if valid is None else torch.stack(list(valid))
-        valid = valid.cpu()[owner]
-        self._objects.append((target, valid, 1 / counts[owner].double()))
-        for reading in READINGS:
-            for layer, attention in [*maps.items(), ("random", noise)]:
-                scored = self._read(reading, attention.float().cpu())[owner]
-                scores = _SCORES[reading](scored, target.unsqueeze(1), valid.unsqueeze(1))
-                self._scores.setdefault((reading, layer), []).append(scores)
-            true = _SCORES[reading](self._read(reading, target.float()), target, valid)
-            self._scores.setdefault((reading, "true_mask"), []).append(true)
-
-    def _read(self, reading: str, maps: Tensor) -> Tensor:
-        return attention_to_mask(maps, reading, self.fraction) if reading in THRESHOLDS else maps
-
-    def result(self) -> dict[str, dict]:
-        """Return the scores of `score_attention`."""
-        if not self.images:
-            raise NoObjectsError(
-                f"none of the {self.without_objects} images has an object that covers a patch: use images with "
-                "objects, or a larger --image-size for a finer grid"
-            )
-        target, valid, weights = map(torch.cat, zip(*self._objects, strict=True))
-        mean_mask = (target.double() * weights.unsqueeze(1)).sum(dim=0) / weights.sum()
-
-        def mean(values: Tensor) -> float:
-            return float((values.double() * weights).sum() / weights.sum())
-
-        def row(layer: int, per_head: Tensor) -> dict:
-            heads, best = [mean(head) for head in per_head.T], mean(per_head.amax(dim=1))
-            return {"layer": layer, "best_head": best, "fixed_head": max(heads), "per_head": heads}
-
-        found = {}
-        for reading in READINGS:
-            scores = {name: torch.cat(parts) for (read, name), parts in self._scores.items() if read == reading}
-            random, true = scores.pop("random").amax(dim=1), scores.pop("true_mask")
-            found[reading] = {
-                "layers": [row(layer, per_head) for layer, per_head in scores.items()],
-                # for a constant map the IoU of all patches equals the average precision
-                "constant": mean(intersection_over_union(torch.ones_like(target), target, valid)),
-                "random": mean(random),
-                "mean_mask": mean(_SCORES[reading](self._read(reading, mean_mask), target, valid)),
-                "true_mask": mean(true),
-                "fraction": self.fraction if reading in THRESHOLDS else None,
-                "images": self.images,
-                "objects": len(target),
-                "without_objects": self.without_objects,
-                "objects_without_patch": self.objects_without_patch,
-            }
-        return found
-
-
-@torch.inference_mode()
-def score_attention(
-    model: nn.Module, batches: Iterable[Sequence[Tensor]], normalize: Callable[[Tensor], Tensor]
-) -> dict[str, dict]:
-    """Score CLS attention of a CRATE and baselines against object masks on the patch grid: mean IoU and AP.
-
-    `batches` hold images, labels (unused), and pixel masks [B, H, W]. The model is left in evaluation mode.
 
     Returns:
         For each of `READINGS` (IoU with "topk" and "mass" masks, and "ap") a dictionary with
@@ -213,14 +128,72 @@ def score_attention(
             the objects' mean mask as the map of every image; "true_mask", the true mask as map;
         "fraction" (None for "ap"); numbers of scored "images" and "objects", of images "without_objects", and of
             objects left out, "objects_without_patch".
+
+    Raises:
+        UserError: The fraction is out of range.
+        NoObjectsError: No object covers a patch.
     """
-    model.eval()
-    device = next(model.parameters()).device
-    scores = AttentionScores()
-    for images, _, masks in batches:
-        maps = {layer.index: layer.cls_attention() for layer in trace(model, normalize(images.to(device)))}
-        scores.add(maps, [mask[None] for mask in mask_to_grid(masks, model.grid_size)])
-    return scores.result()
+    _check_fraction(fraction)
+    generator = torch.Generator().manual_seed(seed)
+    scored: dict[str, dict[int | str, list[Tensor]]] = {reading: {} for reading in READINGS}  # of [T, H] or [T]
+    objects: list[tuple[Tensor, ...]] = []  # masks, valid patches and weights of a batch's objects
+    counts = {"images": 0, "objects": 0, "without_objects": 0, "objects_without_patch": 0}
+
+    def read(reading: str, maps: Tensor) -> Tensor:
+        return attention_to_mask(maps, reading, fraction) if reading in THRESHOLDS else maps
+
+    for maps, targets, valid in batches:
+        target = torch.cat(list(targets)).cpu()
+        seen = target.any(dim=1)
+        owner = torch.repeat_interleave(torch.arange(len(targets)), torch.tensor(list(map(len, targets))))[seen]
+        target, of_image = target[seen], torch.bincount(owner, minlength=len(targets))
+        heads, n_patches = next(iter(maps.values())).shape[1:]
+        noise = torch.rand((len(targets), heads, n_patches), generator=generator)  # drawn for every image
+        counts["images"] += int((of_image > 0).sum())
+        counts["objects"] += len(target)
+        counts["without_objects"] += int((of_image == 0).sum())
+        counts["objects_without_patch"] += int((~seen).sum())
+        if not len(target):
+            continue
+        valid = torch.ones(len(targets), n_patches, dtype=torch.bool) if valid is None else torch.stack(list(valid))
+        valid = valid.cpu()[owner]
+        objects.append((target, valid, 1 / of_image[owner].double()))
+        for reading, parts in scored.items():
+            for layer, attention in [*maps.items(), ("random", noise)]:
+                chosen = read(reading, attention.float().cpu())[owner]
+                scores = _SCORES[reading](chosen, target.unsqueeze(1), valid.unsqueeze(1))
+                parts.setdefault(layer, []).append(scores)
+            parts.setdefault("true_mask", []).append(_SCORES[reading](read(reading, target.float()), target, valid))
+    if not objects:
+        raise NoObjectsError(
+            f"none of the {counts['without_objects']} images has an object that covers a patch: use images with "
+            "objects, or a larger --image-size for a finer grid"
+        )
+    target, valid, weights = map(torch.cat, zip(*objects, strict=True))
+    mean_mask = (target.double() * weights.unsqueeze(1)).sum(dim=0) / weights.sum()
+
+    def mean(values: Tensor) -> float:
+        return float((values.double() * weights).sum() / weights.sum())
+
+    def row(layer: int, per_head: Tensor) -> dict:
+        heads, best = [mean(head) for head in per_head.T], mean(per_head.amax(dim=1))
+        return {"layer": layer, "best_head": best, "fixed_head": max(heads), "per_head": heads}
+
+    found = {}
+    for reading, parts in scored.items():
+        layers = {name: torch.cat(scores) for name, scores in parts.items()}
+        random, true = layers.pop("random").amax(dim=1), layers.pop("true_mask")
+        found[reading] = {
+            "layers": [row(layer, per_head) for layer, per_head in layers.items()],
+            # for a constant map the IoU of all patches equals the average precision
+            "constant": mean(intersection_over_union(torch.ones_like(target), target, valid)),
+            "random": mean(random),
+            "mean_mask": mean(_SCORES[reading](read(reading, mean_mask), target, valid)),
+            "true_mask": mean(true),
+            "fraction": fraction if reading in THRESHOLDS else None,
+            **counts,
+        }
+    return found
 
 
 def scores_table(scores: dict[str, dict], marked: int | None = None) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from crate_fast.eval.emergence.protocol import ORDER, Protocol, Run
 
-# Measures of attention: name → (reading of `segmentation.AttentionScores`, choice of the head)
+# Measures of attention: name → (reading of `segmentation.score_attention`, choice of the head)
 COARSE: dict[str, tuple[str, str]] = {
     f"{name}, {heads}": (reading, heads)
     for reading, name in (("ap", "AP"), ("mass", "mIoU mass"), ("topk", "mIoU topk"))
