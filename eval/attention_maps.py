@@ -106,9 +106,7 @@ def evaluate(
 
     Returns:
         "layer", "grid" [rows, columns];
-        "images", each with "name" and "heads"; each head has the "entropy" of its map in nats, "entropy_normalised"
-            (divided by ln P, 1 for uniform attention) and "peak" [row, column];
-        "mean", the entropies of each head averaged over images;
+        "images", their names; "entropy", that of each image's maps in nats [images][heads];
         "noise", each level with "sigma", "share", "per_head", the correlation of noisy and clean maps averaged over
             images, and "correlation", its mean over heads (None if all maps are constant);
         "maps", an array [images, heads, rows, columns];
@@ -130,14 +128,6 @@ def evaluate(
         names += [str(sample.key) for sample in batch.samples]
     maps = torch.cat(clean)
     grid = loaded.extract.grid
-    entropy = torch.special.entr(maps.double()).sum(dim=-1)
-    normalised = entropy / math.log(max(2, maps.shape[-1]))
-    peaks = maps.argmax(dim=-1)
-    images = []
-    for name, *row in zip(names, entropy.tolist(), normalised.tolist(), peaks.tolist(), strict=True):
-        heads = zip(*row, strict=True)
-        heads = [{"entropy": e, "entropy_normalised": n, "peak": list(divmod(p, grid[1]))} for e, n, p in heads]
-        images.append({"name": name, "heads": heads})
     levels, agreement = [torch.cat(level) for level in noisy], []
     for (sigma, share), level in zip(noise, levels, strict=True):
         per_head = map_correlation(maps, level).nanmean(dim=0)
@@ -146,8 +136,8 @@ def evaluate(
     return {
         "layer": layer,
         "grid": list(grid),
-        "images": images,
-        "mean": {"entropy": entropy.mean(dim=0).tolist(), "entropy_normalised": normalised.mean(dim=0).tolist()},
+        "images": names,
+        "entropy": torch.special.entr(maps.double()).sum(dim=-1).tolist(),
         "noise": agreement,
         "maps": maps.unflatten(-1, grid).numpy(),
         "noisy_maps": torch.stack(levels).unflatten(-1, grid).numpy() if levels else None,
@@ -227,8 +217,9 @@ def _table(label: str, outcome: dict) -> list[dict]:
     if outcome["noise"]:
         names = {"σ": "sigma", "noisy pixels": "share", "correlation": "correlation"}
         return [row | {title: level[name] for title, name in names.items()} for level in outcome["noise"]]
-    mean = zip(*outcome["mean"].values(), strict=True)
-    return [row | {"head": head, "entropy (nats)": e, "entropy / ln P": n} for head, (e, n) in enumerate(mean)]
+    uniform = math.log(max(2, math.prod(outcome["grid"])))  # the largest entropy
+    mean = np.mean(outcome["entropy"], axis=0).tolist()
+    return [row | {"head": h, "entropy (nats)": e, "entropy / ln P": e / uniform} for h, e in enumerate(mean)]
 
 
 def _command(options: argparse.Namespace) -> None:

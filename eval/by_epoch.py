@@ -18,7 +18,7 @@ from crate_fast.eval.by_layer import check_measures, curves, evaluate
 from crate_fast.eval.common.command import Evaluation, open_data
 from crate_fast.eval.common.figures import Picture, curve_figure, image_grid, image_picture
 from crate_fast.eval.common.images import readable
-from crate_fast.eval.common.models import open_model, split_label
+from crate_fast.eval.common.models import check_model_args, open_model, split_label
 from crate_fast.eval.pca import component_colours
 from crate_fast.options import main_of
 from crate_fast.train.checkpoint import CheckpointError
@@ -27,8 +27,7 @@ from crate_fast.train.runs import checkpoint_epoch, checkpoint_steps
 
 
 def _command(options: argparse.Namespace) -> None:
-    if options.model_args:
-        raise UserError(f"--model-args {' '.join(options.model_args)}: a run has its own settings; leave them out")
+    check_model_args(options.model_args, [])
     label, source = split_label(options.models[0])
     run = Path(source)
     steps = checkpoint_steps(run)

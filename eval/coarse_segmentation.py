@@ -86,7 +86,7 @@ def _command(options: argparse.Namespace) -> None:
     if not data[0].labelled:
         raise UserError(f"--data {options.data} has no object masks: use voc:PATH, coco:PATH or shape_scenes")
     evaluation = Evaluation("coarse_segmentation", options, models)
-    results, rows, head_rows = {}, [], []
+    results, rows = {}, []
     for loaded, images, (wanted, _) in zip(models, data, layers, strict=True):
         reading = evaluation.reading(loaded.label)
         scores = evaluate(loaded, images, wanted, options.fraction, options.seed, **reading)
@@ -100,12 +100,9 @@ def _command(options: argparse.Namespace) -> None:
             star = " *" * (row["layer"] == loaded.extract.default_layer)
             heads = {"best head": row["best_head"], "one head for all": row["fixed_head"]}
             rows.append(known | {"layer": f"{row['layer']}{star}"} | heads | equal)
-            per_head = {f"head {head}": score for head, score in enumerate(row["per_head"])}
-            head_rows.append(known | {"layer": row["layer"]} | per_head)
     if len({(result["topk"]["images"], result["topk"]["objects"]) for result in results.values()}) > 1:
         print("The models have different patch grids, so their scores do not cover the same objects.")
     evaluation.write_table("table", rows, show=False)
-    evaluation.write_table("heads", head_rows, show=False)
     shown = [(loaded, images, layer) for loaded, images, (_, layer) in zip(models, data, layers, strict=True)]
     for threshold in segmentation.THRESHOLDS:
         evaluation.written += _figure(shown, threshold, options, evaluation.folder)

@@ -37,7 +37,7 @@ from crate_fast.train.checkpoint import write_text
 
 EPSILON = 1e-5  # affinity of patches that are not linked
 _LARGEST_OVERLAP, _SMALLEST_SHARE = 0.5, 0.01  # IoU with the previous mask; share of the grid
-_FORMAT = 1  # version of the records; raise it when their content changes
+_FORMAT = 2  # version of the records; raise it when their content changes
 _LINK_BYTES = 2 * 2**30  # memory for the affinities of one batch
 _COLOURS = ((230, 60, 50), (60, 130, 230), (60, 180, 80), (240, 180, 40), (160, 90, 210), (40, 190, 200))
 
@@ -201,7 +201,7 @@ def detect(
         num_objects, tau: See `maskcut`. Other arguments: see `crate_fast.eval`.
 
     Yields:
-        For each image: "image_id"; "layers", layer → "detections" (COCO results), "residuals" and "solvers".
+        For each image: "image_id"; "layers", layer → COCO results.
     """
     for batch in batches(images, **reading):
         features = loaded.features(batch.images, layers)
@@ -212,30 +212,18 @@ def detect(
                 masks = cut.masks[row][cut.masks[row].flatten(1).any(dim=1)].numpy()
                 masks = coco.enlarge(masks, tuple(sample.image.shape[1:]), Image.Resampling.NEAREST)
                 masks = coco.enlarge(masks, sample.size, Image.Resampling.BICUBIC)
-                known = cut.solvers[row] >= 0
-                record["layers"][layer] = {
-                    "detections": coco.detections_of(masks, sample.key),
-                    "residuals": cut.residuals[row][known].tolist(),
-                    "solvers": cut.solvers[row][known].tolist(),
-                }
+                record["layers"][layer] = coco.detections_of(masks, sample.key)
             yield record
 
 
 def summarise(images: Dataset, records: Sequence[dict], layer: int, evaluated: Sequence) -> dict:
-    """Summarise one layer's records: counts, largest residual and, with COCO annotations, AP and AR.
+    """Summarise one layer's records: counts and, with COCO annotations, AP and AR.
 
     `evaluated` holds the keys of all images; the objects of an image without a record count as missed.
     """
-    parts = [record["layers"][layer] for record in records]
-    detections = [entry for part in parts for entry in part["detections"]]
-    solvers = [solver for part in parts for solver in part["solvers"]]
-    numbers = {
-        "images": len(records),
-        "detections": len(detections),
-        "images_without_detection": sum(not part["detections"] for part in parts),
-        "largest_residual": max((r for part in parts for r in part["residuals"]), default=0.0),
-        "solvers": {name: solvers.count(i) for i, name in enumerate(("Lanczos", "block Lanczos in fp64", "dense"))},
-    }
+    found = [record["layers"][layer] for record in records]
+    detections = list(itertools.chain(*found))
+    numbers = {"images": len(records), "detections": len(detections), "images_without_detection": found.count([])}
     if images.has_instances:
         numbers |= coco.class_agnostic_scores(images.coco, detections, evaluated)
     return numbers
@@ -268,7 +256,7 @@ def _figure(images: Dataset, records: dict, layer: int, paths: list[Path], shown
     for sample in map(images.__getitem__, readable[:shown]):
         picture = resize(sample.image, list(sample.size), InterpolationMode.BICUBIC)
         line = max(1, min(sample.size) // 150)
-        detections = records[sample.key]["layers"][layer]["detections"]
+        detections = records[sample.key]["layers"][layer]
         for entry, colour in zip(detections, itertools.cycle(_COLOURS), strict=False):
             mask = torch.from_numpy(rle.decode(entry["segmentation"])).bool()
             x, y, width, height = entry["bbox"]
@@ -301,7 +289,7 @@ def _command(options: argparse.Namespace) -> None:
     for record in found:
         record["layers"] = {int(name): part for name, part in record["layers"].items()}
     numbers = summarise(images, found, layer, images.keys())
-    detections = [entry for record in found for entry in record["layers"][layer]["detections"]]
+    detections = [entry for record in found for entry in record["layers"][layer]]
     write_text(evaluation.folder / "detections.json", json.dumps(detections) + "\n")
     evaluation.written.append(evaluation.folder / "detections.json")
     counts = {name: numbers[name] for name in ("images", "detections")}

@@ -79,17 +79,12 @@ def _batch(patches: list[list[float]], name: str) -> Batch:
     return Batch(image[None], [Sample(name, image, (4, 6))])
 
 
-def test_entropy_and_peak_by_hand():
+def test_entropy_and_maps_by_hand():
     batches = [_batch([[0, 0, 0], [0, 60, 60]], "a"), _batch([[0, 0, 200], [0, 0, 0]], "b")]
     result = evaluate(_brightness_subject(), batches)
-    assert (result["layer"], result["grid"], [image["name"] for image in result["images"]]) == (7, [2, 3], ["a", "b"])
-    (a, even), (b, _) = (image["heads"] for image in result["images"])
-    assert a["entropy"] == pytest.approx(math.log(2), abs=1e-5)
-    assert a["entropy_normalised"] == pytest.approx(math.log(2) / math.log(6), abs=1e-5)
-    assert (a["peak"], b["peak"]) == ([1, 1], [0, 2])
-    assert b["entropy"] == pytest.approx(0, abs=1e-5)
-    assert even["entropy_normalised"] == pytest.approx(1)
-    assert result["mean"]["entropy"] == pytest.approx([math.log(2) / 2, math.log(6)], abs=1e-5)
+    assert (result["layer"], result["grid"], result["images"]) == (7, [2, 3], ["a", "b"])
+    expected = [[math.log(2), math.log(6)], [0, math.log(6)]]
+    np.testing.assert_allclose(result["entropy"], expected, atol=1e-5)
     expected = [[[0, 0, 0], [0, 0.5, 0.5]], [[0, 0, 1], [0, 0, 0]]]
     np.testing.assert_allclose(result["maps"][:, 0], expected, atol=1e-6)
     assert (result["noisy_maps"], result["noise"]) == (None, [])
@@ -124,8 +119,8 @@ def test_heads_figure_pages_and_files(tmp_path, capsys, monkeypatch):
         assert sorted(maps) == ["0", "1", "2"]
         assert maps["2"].shape == (2, 4, 4)
         assert maps["2"].sum(axis=(1, 2)) == pytest.approx([1, 1])
-        peak = np.unravel_index(maps["2"][1].argmax(), (4, 4))
-    assert results["results"]["A"]["images"][2]["heads"][1]["peak"] == list(peak)
+        entropy = -(maps["2"][1] * np.log(maps["2"][1])).sum()
+    assert results["results"]["A"]["entropy"][2][1] == pytest.approx(entropy, rel=1e-4)
     assert "| A | 0 | 1 |" in capsys.readouterr().out
     _run(tmp_path / "two", "--limit", "3")
     for path in (tmp_path / "one").glob("attention*"):

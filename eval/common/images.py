@@ -177,11 +177,10 @@ class VocImages(ImageFiles):
             raise UserError(f"{root} has no SegmentationClass folder: pass voc:PATH with VOCdevkit's folder VOC2012")
         self.root, self.size = found, size
         names = found / "ImageSets" / "Segmentation" / "val.txt"
-        if not names.is_file():
-            raise UserError(f"{names}, the list of the 'val' images, is missing: unpack VOC again")
-        self.items = [(key, found / "JPEGImages" / f"{key}.jpg") for key in names.read_text().split()]
-        if not self.items:
-            raise UserError(f"{names} lists no images: unpack VOC again")
+        keys = names.read_text().split() if names.is_file() else []
+        if not keys:
+            raise UserError(f"{names} is missing or lists no images: unpack VOC again")
+        self.items = [(key, found / "JPEGImages" / f"{key}.jpg") for key in keys]
 
     def _annotation(self, key: str | int):
         return open_image(self.root / "SegmentationClass" / f"{key}.png")

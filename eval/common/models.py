@@ -116,15 +116,8 @@ def _seeded(build, seed: int) -> nn.Module:
 
 def _from_run(folder: Path, version: str, seed: int) -> tuple[nn.Module, TrainConfig]:
     if version == "untrained":
-        config, problems = run_config(folder), []
-        for step in checkpoint_steps(folder):  # the number of classes is that of the first readable checkpoint
-            try:
-                n_classes = num_classes_of(run_weights(folder, step)[0])
-                break
-            except CheckpointError as error:
-                problems.append(error)
-        else:
-            raise problems[0]
+        config = run_config(folder)
+        n_classes = num_classes_of(run_weights(folder, checkpoint_steps(folder)[0])[0])
         return _seeded(lambda: build_model(config, n_classes), seed), config
     if version and not version.isdigit():
         raise UserError(
