@@ -34,12 +34,10 @@ SIGMAS = (0.0, 25.0, 50.0, 75.0, 100.0, 125.0)
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
-def check_noise(sigma: float, share: float, seed: int) -> None:
+def check_noise(sigma: float, share: float) -> None:
     """Raise a `UserError` if a setting of `add_noise` is out of range."""
     if not 0 <= sigma < math.inf or not 0 <= share <= 1:
         raise UserError(f"noise of sigma={sigma} and share={share}: give a finite sigma ≥ 0 and a share from 0 to 1")
-    if seed < 0:
-        raise UserError(f"seed={seed}: noise needs a seed of at least 0")
 
 
 def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int = 0) -> Tensor:
@@ -59,14 +57,14 @@ def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int 
         Noisy copies, uint8 [B, C, H, W].
 
     Raises:
-        UserError: The images are not uint8, or sigma, share or seed is out of range.
+        UserError: The images are not uint8, or sigma or share is out of range.
 
     >>> add_noise(torch.full((1, 3, 4, 4), 100, dtype=torch.uint8), 20, 0.5, seed=0).ne(100).any(dim=1).sum().item()
     8
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise UserError(f"images are {images.dtype} {tuple(images.shape)}: pass uint8 [B, C, H, W]")
-    check_noise(sigma, share, seed)
+    check_noise(sigma, share)
     flat = images.flatten(2).cpu().numpy()
     noisy = flat.copy()
     for number in range(len(flat)):
@@ -231,7 +229,7 @@ def _command(options: argparse.Namespace) -> None:
     elif options.levels:
         raise UserError(f"--levels has no effect on --figure {options.figure}: use noise_sigma or noise_share")
     for level in noise:
-        check_noise(*level, options.seed)
+        check_noise(*level)
     models = open_models(options)
     labelled = not options.data.startswith(("folder", "photographs"))
     default = {"heads": ["all", "mean"], "models": ["mean", "best"] if labelled else ["mean"]}

@@ -216,16 +216,16 @@ def detect(
             yield record
 
 
-def summarise(images: Dataset, records: Sequence[dict], layer: int, evaluated: Sequence) -> dict:
+def summarise(images: Dataset, records: Sequence[dict], layer: int) -> dict:
     """Summarise one layer's records: counts and, with COCO annotations, AP and AR.
 
-    `evaluated` holds the keys of all images; the objects of an image without a record count as missed.
+    The objects of an image without a record count as missed.
     """
     found = [record["layers"][layer] for record in records]
     detections = list(itertools.chain(*found))
     numbers = {"images": len(records), "detections": len(detections), "images_without_detection": found.count([])}
     if images.has_instances:
-        numbers |= coco.class_agnostic_scores(images.coco, detections, evaluated)
+        numbers |= coco.class_agnostic_scores(images.coco, detections, images.keys())
     return numbers
 
 
@@ -244,7 +244,7 @@ def evaluate(loaded: LoadedModel, images: Dataset, layers: Sequence[int] | None 
     layers = [loaded.extract.default_layer] if layers is None else list(layers)
     check(loaded, images)
     records = list(detect(loaded, images, layers, **options))
-    return {layer: summarise(images, records, layer, images.keys()) for layer in layers}
+    return {layer: summarise(images, records, layer) for layer in layers}
 
 
 def _figure(images: Dataset, records: dict, layer: int, paths: list[Path], shown: int) -> None:
@@ -288,7 +288,7 @@ def _command(options: argparse.Namespace) -> None:
         raise UserError(f"none of the {len(images)} images could be read; first problem: {evaluation.problems[0]}")
     for record in found:
         record["layers"] = {int(name): part for name, part in record["layers"].items()}
-    numbers = summarise(images, found, layer, images.keys())
+    numbers = summarise(images, found, layer)
     detections = [entry for record in found for entry in record["layers"][layer]]
     write_text(evaluation.folder / "detections.json", json.dumps(detections) + "\n")
     evaluation.written.append(evaluation.folder / "detections.json")

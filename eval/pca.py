@@ -114,7 +114,7 @@ def foreground(features: Tensor, threshold: float = 0.5, grid: tuple[int, int] |
     return Foreground((projection >= threshold) & (projection > 0), projection, explained.tolist())
 
 
-def pca_rgb(features: Tensor, mask: Tensor | None = None, first: int = 1) -> tuple[Tensor, list[float]]:
+def pca_rgb(features: Tensor, mask: Tensor | None = None, first: int = 1) -> Tensor:
     """Map three successive principal components of the chosen patches to colours (paper, Eq. 12).
 
     Args:
@@ -123,8 +123,8 @@ def pca_rgb(features: Tensor, mask: Tensor | None = None, first: int = 1) -> tup
         first: The component shown in red, counted from 1.
 
     Returns:
-        (colours, float32 [J, P, 3] in [0, 1]; shares explained by the components). In each channel, the 2nd and 98th
-        percentiles over the chosen patches become 0 and 1. Other patches are 0.
+        Colours, float32 [J, P, 3] in [0, 1]. In each channel, the 2nd and 98th percentiles over the chosen patches
+        become 0 and 1. Other patches are 0.
 
     Raises:
         TooFewPatchesError: Fewer than first + 3 patches are chosen.
@@ -137,12 +137,12 @@ def pca_rgb(features: Tensor, mask: Tensor | None = None, first: int = 1) -> tup
             f"{len(tokens)} of {mask.numel()} patches are above the threshold, too few for {last} components: lower "
             "--threshold, or show --components 2-4, which uses all patches"
         )
-    components, explained = principal_components(tokens, last)
+    components, _ = principal_components(tokens, last)
     values = tokens @ components[:, first - 1 :]
     low, high = torch.quantile(values, torch.tensor([0.02, 0.98]).to(values), dim=0)
     colours = torch.zeros(*mask.shape, 3, device=features.device)
     colours[mask] = ((values - low) / (high - low).clamp(min=_TINY)).clamp(0, 1).float()
-    return colours, explained[first - 1 :].tolist()
+    return colours
 
 
 def component_colours(features: Tensor, grid: tuple[int, int], parts: bool = False) -> Tensor | None:
@@ -152,7 +152,7 @@ def component_colours(features: Tensor, grid: tuple[int, int], parts: bool = Fal
     """
     try:
         mask = foreground(features, grid=grid).mask if parts else None
-        return pca_rgb(features, mask, first=1 if parts else 2)[0]
+        return pca_rgb(features, mask, first=1 if parts else 2)
     except TooFewPatchesError:
         return None
 
@@ -177,8 +177,7 @@ def evaluate(
 
     Returns:
         "layers", a list of dictionaries, each with "layer";
-        "explained" (`Foreground`), "explained_colours" (`pca_rgb`) and "problem", None or the reason why there are no
-            colours (the other values remain valid);
+        "explained" (see `Foreground`); "problem", None or the reason why there are no colours;
         "images", each with "name", "foreground_share" and, if an object covers a patch, "iou" of the foreground with
             the union of the objects and "constant_iou", that of a mask of all patches;
         "mean", these numbers averaged over images; None without values;
@@ -196,10 +195,10 @@ def evaluate(
     for layer, parts in tokens.items():
         features = torch.cat(parts)
         found = foreground(features, threshold, grid)
-        result = {"layer": layer, "explained": found.explained, "explained_colours": None, "problem": None}
+        result = {"layer": layer, "explained": found.explained, "problem": None}
         colours = [None] * len(samples)
         try:
-            rgb, result["explained_colours"] = pca_rgb(features, found.mask if first == 1 else None, first)
+            rgb = pca_rgb(features, found.mask if first == 1 else None, first)
             colours = list(rgb.unflatten(1, grid).numpy())
         except TooFewPatchesError as error:
             result["problem"] = str(error)

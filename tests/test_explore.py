@@ -98,7 +98,7 @@ def test_the_numbers_equal_the_librarys(address):
     expected = (layer.scale * torch.einsum("hd,phd->hp", w[40], w)).softmax(-1)
     assert torch.tensor(heads) == pytest.approx(expected, abs=1e-6)
     keys = layer.keys[:, 1:].flatten(2)
-    colours = (255 * pca_rgb(keys, first=2)[0][0]).round().flatten()
+    colours = (255 * pca_rgb(keys, first=2)[0]).round().flatten()
     found = torch.tensor(ask(address, "components", which="all", **about)["layers"][2])
     assert (found - colours).abs().max() <= 1
     masks = ask(address, "masks", layer=2, **about)

@@ -60,10 +60,9 @@ def test_bad_input_is_an_error():
 def test_colours_are_projections_of_the_chosen_patches_clipped_to_two_percentiles():
     features, mask = torch.randn(3, 50, 8) * torch.arange(9, 1, -1), torch.rand(3, 50) < 0.7
     tokens = features[mask].double().numpy()
-    _, singular, directions = np.linalg.svd(tokens, full_matrices=False)
+    _, _, directions = np.linalg.svd(tokens, full_matrices=False)
     for first in (1, 2):
-        colours, shares = pca_rgb(features, mask, first)
-        assert shares == pytest.approx((singular**2 / (singular**2).sum())[first - 1 :][:3].tolist())
+        colours = pca_rgb(features, mask, first)
         assert colours[~mask].eq(0).all()
         for channel, direction in enumerate(directions[first - 1 :][:3]):
             values = tokens @ direction * np.sign(direction[np.abs(direction).argmax()])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from crate_fast import CRATEMAE
 from crate_fast.checkpoints import is_demo, load_strictly, read_state_dict
-from crate_fast.errors import UserError
+from crate_fast.errors import UserError, nearest
 from crate_fast.eval.common.features import FeatureExtractor, Features, extractor_for
 from crate_fast.pretrained import HUB, is_model_folder, load_pretrained, packaged_models, record
 from crate_fast.registry import create_model, is_mae, is_model, model_names
@@ -147,11 +147,8 @@ def _from_timm(name: str, version: str, arguments: dict, seed: int) -> nn.Module
             raise UserError(f"{name} does not take --model-args {known | arguments}: {error}") from error
 
     if not is_model(name):
-        near = [known for known in model_names() if name.split("_")[0] in known][:4]
-        raise UserError(
-            f"{name!r} is neither the folder of a run nor a timm model: correct the name"
-            + (f" (similar: {', '.join(near)}, …)" if near else "")
-        )
+        near = nearest(name, model_names())
+        raise UserError(f"{name!r} is neither the folder of a run nor a timm model{near}; correct the name")
     if version == "untrained":
         return _seeded(create, seed)
     if version == "pretrained":

@@ -80,14 +80,14 @@ def _unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)
 
 
-def _lanczos(graphs: _Graphs, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def _lanczos(graphs: _Graphs) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y [b, P], θ [b], gap to the next Ritz value [b]) of M without its known top eigenvector."""
     basis = graphs.top.unsqueeze(1)
     # one fixed random vector for all graphs; a pattern could be orthogonal to the wanted vector
     start = torch.randn(graphs.top.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = _unit(_orthogonal(start.to(graphs.top).expand_as(graphs.top), basis))
     alphas, betas = [], []
-    steps = min(max_steps, graphs.top.shape[-1] - 1)
+    steps = min(MAX_STEPS, graphs.top.shape[-1] - 1)
     complete = graphs.complete.cpu()
     for step in range(1, steps + 1):
         basis = torch.cat([basis, x.unsqueeze(1)], dim=1)
@@ -109,9 +109,7 @@ def _lanczos(graphs: _Graphs, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     return ritz, values[:, -1].to(ritz), gap.to(ritz)
 
 
-def second_eigenvector(
-    links: Tensor, present: Tensor | None = None, epsilon: float = 1e-5, max_steps: int = MAX_STEPS
-) -> Cut:
+def second_eigenvector(links: Tensor, present: Tensor | None = None, epsilon: float = 1e-5) -> Cut:
     """Compute the second eigenvectors of the normalised cuts of a batch of graphs.
 
     Args:
@@ -119,7 +117,6 @@ def second_eigenvector(
         present: Boolean [batch, P]; all when None. An absent patch has affinity ε to all patches: its row and column
             of B count as zero.
         epsilon: Affinity of patches that are not linked.
-        max_steps: Maximum number of steps of the first solver.
 
     Returns:
         `Cut`. An exactly repeated eigenvalue may not be detected; it has no unique vector, and rounding selects one.
@@ -133,7 +130,7 @@ def second_eigenvector(
     """
     present = torch.ones(links.shape[:2], dtype=torch.bool, device=links.device) if present is None else present
     graphs = _Graphs(links, present, epsilon)
-    y, theta, gap = _lanczos(graphs, max_steps)
+    y, theta, gap = _lanczos(graphs)
     residual = (graphs.product(y) - theta.unsqueeze(-1) * y).norm(dim=-1)
     failed = ~((residual <= _RESIDUAL) & (gap >= _SMALLEST_GAP)) & ~graphs.complete  # a NaN fails too
     vector, solver = graphs.inverse_root * y, torch.zeros_like(failed, dtype=torch.long)

@@ -68,14 +68,11 @@ def decode(data: bytes, name: str) -> Image.Image:
         with _DECODING, open_image(io.BytesIO(data), _FORMATS) as file:
             width, height = file.size
             if width * height > _MAX_PIXELS:
-                size = f"{width}×{height} pixels, {width * height / 1e6:.0f} megapixels"
-                raise UserError(f"{size}, above the limit of {_MAX_PIXELS / 1e6:.0f}: make it smaller")
+                raise ValueError(f"{width * height / 1e6:.0f} megapixels, above the limit of {_MAX_PIXELS / 1e6:.0f}")
             file.draft("RGB", (_MAX_SIDE, _MAX_SIDE))  # a JPEG is decoded no larger than needed
             picture = to_rgb(file)
             picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
             return picture
-    except UserError as error:
-        raise UserError(f"{name} has {error}") from error
     except Image.UnidentifiedImageError as error:
         known = ", ".join(_FORMATS)
         raise UserError(f"{name} is no image of a supported format: choose one of {known}") from error
