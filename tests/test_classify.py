@@ -39,7 +39,6 @@ def test_a_linear_probe_finds_a_planted_direction_and_nothing_in_noise():
     planted = features + 4 * torch.eye(3, 10)[labels]
     probe = linear_probe(planted[:200], labels[:200], planted[200:])
     assert (probe.predictions == labels[200:]).float().mean() > 0.95
-    assert probe.converged
     shuffled = linear_probe(features[:200], labels[:200], features[200:])
     assert (shuffled.predictions == labels[200:]).float().mean() < 0.5
     scaled = linear_probe(1000 * planted[:200] + 7, labels[:200], 1000 * planted[200:] + 7)
@@ -62,13 +61,6 @@ def test_pooled_features_are_the_heads_input(name):
         torch.testing.assert_close(pooled(model, tokens), wanted)
         assert pooled(model, tokens, "mean").shape == wanted.shape
         assert not torch.allclose(pooled(model, tokens, "mean"), wanted)
-
-
-def test_a_linear_probe_without_convergence_or_at_the_end_of_the_grid_has_remarks():
-    tried = {0.1: 0.5, 1.0: 0.6, 10.0: 0.4}
-    assert classify._notes("A", {"linear": {"C": 1.0, "held_out": tried, "converged": True}}) == []
-    said = classify._notes("A", {"linear": {"C": 10.0, "held_out": tried, "converged": False}})
-    assert ["did not converge" in said[0], "C = 10 is at the end" in said[1]] == [True, True]
 
 
 @pytest.fixture
