@@ -152,7 +152,6 @@ def _localization() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--boxes", type=Path, help="COCO JSON with a bbox per annotation, or a folder of ImageNet's XML files")
     add("--layers", type=int, nargs="+", help="layers whose attention is scored; default all")
-    add("--resolution", type=positive, default=64, help="side of the enlarged maps, pixels; default 64")
     add("--figure-images", type=positive, default=6, help="images in the figure; default 6")
     return parser
 
@@ -168,10 +167,8 @@ def _maskcut() -> argparse.ArgumentParser:
 
 
 def _add_measures(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    add = parser.add_argument
-    add("--measures", nargs="+", choices=("maskcut", "coarse"), help="default all that the data has masks for")
-    add("--num-objects", type=positive, default=3, help="maximum number of MaskCut's objects per image; default 3")
-    add("--tau", type=float, default=0.15, help="MaskCut links patches above this cosine; default 0.15")
+    measures = "default all that the data has masks for"
+    parser.add_argument("--measures", nargs="+", choices=("maskcut", "coarse"), help=measures)
     return parser
 
 

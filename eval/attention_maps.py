@@ -213,8 +213,8 @@ def _noise_figures(
 def _table(label: str, outcome: dict) -> list[dict]:
     row = {"model": label, "layer": outcome["layer"]}
     if outcome["noise"]:
-        names = {"σ": "sigma", "noisy pixels": "share", "correlation": "correlation"}
-        return [row | {title: level[name] for title, name in names.items()} for level in outcome["noise"]]
+        names = ("sigma", "share", "correlation")
+        return [row | {name: level[name] for name in names} for level in outcome["noise"]]
     uniform = math.log(max(2, math.prod(outcome["grid"])))  # the largest entropy
     mean = np.mean(outcome["entropy"], axis=0).tolist()
     return [row | {"head": h, "entropy (nats)": e, "entropy / ln P": e / uniform} for h, e in enumerate(mean)]

@@ -40,8 +40,7 @@ def _command(options: argparse.Namespace) -> None:
     untrained = open_model(f"{label}={run}@untrained", **opening)
     layer = untrained.extract.resolve_layer(options.layer)
     images = open_data(options, untrained)
-    settings = {"num_objects": options.num_objects, "tau": options.tau}
-    measures = check_measures(options.measures, untrained, images, options.data, **settings)
+    measures = check_measures(options.measures, untrained, images, options.data)
     evaluation = Evaluation("by_epoch", options, [])
     shown = [sample.image for _, sample in itertools.islice(readable(images), 4)]
     columns = [[image_picture(image) for image in shown]]
@@ -55,8 +54,8 @@ def _command(options: argparse.Namespace) -> None:
             print(f"left out: step {step}: {error}", file=sys.stderr)
             left_out[step] = str(error)
             continue
-        reading = evaluation.reading(f"step {step}") | settings
-        results[step] = evaluate(loaded, images, [layer], measures, seed=options.seed, **reading)[layer]
+        reading = evaluation.reading(f"step {step}")
+        results[step] = evaluate(loaded, images, [layer], measures, options.seed, **reading)[layer]
         facts.append(loaded.facts)
         features = loaded.features(torch.stack(shown), [layer])  # one PCA per image (paper, Fig. 10, right)
         colours = [component_colours(tokens[None], features.grid) for tokens in features.keys(layer).cpu()]

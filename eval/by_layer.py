@@ -21,9 +21,9 @@ MEASURES = ("maskcut", "coarse")
 
 
 def check_measures(
-    measures: Sequence[str] | None, loaded: LoadedModel, images: Dataset, specification: str, **settings
+    measures: Sequence[str] | None, loaded: LoadedModel, images: Dataset, specification: str
 ) -> list[str]:
-    """Return the measures, by default all that the data set has annotations for, and check `maskcut`'s settings."""
+    """Return the measures, by default all that the data set has annotations for; check them for the model."""
     annotated = {"maskcut": images.has_instances, "coarse": images.labelled}
     possible = [name for name in MEASURES if annotated[name]]
     wanted = possible if measures is None else list(measures)
@@ -34,7 +34,7 @@ def check_measures(
             "coco:PATH or shape_scenes, coarse needs one of these or voc:PATH"
         )
     if "maskcut" in wanted:
-        maskcut.check(loaded, images, **settings)
+        maskcut.check(loaded, images)
     if "coarse" in wanted:
         loaded.require_cls()
     return wanted
@@ -45,8 +45,6 @@ def evaluate(
     images: Dataset,
     layers: Sequence[int] | None = None,
     measures: Sequence[str] = MEASURES,
-    num_objects: int = 3,
-    tau: float = 0.15,
     seed: int = 0,
     **reading,
 ) -> dict[int, dict[str, float]]:
@@ -55,7 +53,6 @@ def evaluate(
     Args:
         images: Data set with instances for "maskcut" and masks for "coarse". For others see `crate_fast.eval`.
         measures: Any of `MEASURES`.
-        num_objects, tau: See `maskcut.maskcut`.
 
     Returns:
         Layer → "box AP50", "box AP75", "box AP", "box AR100", the same with "mask", "mIoU topk", "mIoU mass" and
@@ -68,7 +65,7 @@ def evaluate(
     if "coarse" in measures:  # first, because it fails earlier without objects
         coarse = coarse_segmentation.evaluate(loaded, images, layers, seed=seed, **reading)
     if "maskcut" in measures:
-        found = maskcut.evaluate(loaded, images, layers, num_objects=num_objects, tau=tau, **reading)
+        found = maskcut.evaluate(loaded, images, layers, **reading)
         rows = {
             layer: {"images": numbers["images"], **maskcut.in_percent(numbers)} for layer, numbers in found.items()
         }
@@ -105,16 +102,15 @@ def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list
 
 
 def _command(options: argparse.Namespace) -> None:
-    settings = {"num_objects": options.num_objects, "tau": options.tau}
     models = open_models(options)
     data = {loaded.label: open_data(options, loaded) for loaded in models}
     for loaded in models:
-        measures = check_measures(options.measures, loaded, data[loaded.label], options.data, **settings)
+        measures = check_measures(options.measures, loaded, data[loaded.label], options.data)
     evaluation = Evaluation("by_layer", options, models)
     results, rows = {}, []
     for loaded in models:
-        reading = evaluation.reading(loaded.label) | settings
-        found = evaluate(loaded, data[loaded.label], None, measures, seed=options.seed, **reading)
+        reading = evaluation.reading(loaded.label)
+        found = evaluate(loaded, data[loaded.label], None, measures, options.seed, **reading)
         results[loaded.label] = found
         for layer, numbers in found.items():
             star = " *" * (layer == loaded.extract.default_layer)

@@ -117,14 +117,6 @@ def check_neighbours(ks: Sequence[int], n_images: int) -> None:
             raise UserError(f"--k {k}: there are {n_images} training images; give a number from 1 to {n_images}")
 
 
-def check_linear(n_images: int, n_classes: int) -> None:
-    """Raise a `UserError` if a linear probe has fewer than ten images or two classes."""
-    if n_classes < 2 or n_images < 10:
-        raise UserError(
-            f"{n_images} training images of {n_classes} classes are too few for a linear probe: raise --train-limit"
-        )
-
-
 class LinearProbe(NamedTuple):
     """Result of `linear_probe`."""
 
@@ -155,7 +147,11 @@ def linear_probe(train: Tensor, labels: Tensor, val: Tensor, seed: int = 0) -> L
 
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     apart, rest = order.tensor_split([int(0.2 * len(train))])
-    check_linear(len(train), len(labels[rest].unique()))
+    n_classes = len(labels[rest].unique())
+    if n_classes < 2 or len(train) < 10:
+        raise UserError(
+            f"{len(train)} training images of {n_classes} classes are too few for a linear probe: raise --train-limit"
+        )
     x, y = train.double().numpy(), labels.numpy()
 
     def fit(rows: Tensor, strength: float):
@@ -198,7 +194,6 @@ def check(
         check_neighbours(ks or (), n_images)
     if "linear" in protocols:
         require("sklearn")
-        check_linear(n_images, classes)
 
 
 @torch.inference_mode()

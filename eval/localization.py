@@ -45,6 +45,7 @@ from crate_fast.eval.common.segmentation import average_precision
 from crate_fast.options import main_of
 
 THRESHOLDS = np.arange(100) / 100
+RESOLUTION = 64  # side of the enlarged maps, in pixels
 OVERLAPS = (0.3, 0.5, 0.7)
 _CONNECTIVITY = np.zeros((3, 3, 3), bool)  # the eight neighbours of a pixel, at the same threshold
 _CONNECTIVITY[1] = True
@@ -88,20 +89,20 @@ def _boxes_of(sample: Sample) -> np.ndarray:
     return sample.target.boxes.double().numpy() / [width, height, width, height]
 
 
-def _enlarge(maps: Tensor, resolution: int) -> np.ndarray:
+def _enlarge(maps: Tensor) -> np.ndarray:
     """Enlarge maps [H, rows, columns] to squares, bilinearly."""
-    return F.interpolate(maps[None].double(), (resolution, resolution), mode="bilinear")[0].numpy()
+    return F.interpolate(maps[None].double(), (RESOLUTION, RESOLUTION), mode="bilinear")[0].numpy()
 
 
-def _measure(maps: Tensor, truth: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _measure(maps: Tensor, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return IoU by threshold [H, T], pointing [H] and average precision [H] of one image's maps.
 
     `maps` are [H, rows, columns]; `truth` holds the image's boxes [M, 4] as fractions of its sides.
     """
-    enlarged = _enlarge(maps, resolution)
-    iou = _best_iou(largest_boxes(enlarged) / resolution, truth).astype(np.float32)
+    enlarged = _enlarge(maps)
+    iou = _best_iou(largest_boxes(enlarged) / RESOLUTION, truth).astype(np.float32)
     strongest = enlarged.reshape(len(enlarged), -1).argmax(axis=1)
-    pointing = covered(truth, resolution, resolution).ravel()[strongest]
+    pointing = covered(truth, RESOLUTION, RESOLUTION).ravel()[strongest]
     patches = torch.from_numpy(covered(truth, *maps.shape[1:]).ravel())
     return iou, pointing, average_precision(maps.flatten(1), patches).numpy()
 
@@ -143,11 +144,11 @@ def _scores(iou: np.ndarray, pointing: np.ndarray, ap: np.ndarray) -> dict[str, 
     }
 
 
-def _baselines(truths: list[np.ndarray], grid: tuple[int, int], resolution: int) -> dict[str, dict[str, float]]:
+def _baselines(truths: list[np.ndarray], grid: tuple[int, int]) -> dict[str, dict[str, float]]:
     """Score the centre, the mean box of the other half of the images, and the whole picture."""
 
     def scores(maps: Sequence[Tensor]) -> dict[str, float]:  # one map [rows, columns] per image
-        measured = [_measure(prior[None], truth, resolution) for prior, truth in zip(maps, truths, strict=True)]
+        measured = [_measure(prior[None], truth) for prior, truth in zip(maps, truths, strict=True)]
         return _summary(measured)["best_head"]
 
     y, x = (torch.linspace(-1, 1, side) for side in grid)
@@ -167,14 +168,12 @@ def evaluate(
     loaded: LoadedModel,
     images: Dataset,
     layers: Sequence[int] | None = None,
-    resolution: int = 64,
     seed: int = 0,
     **reading,
 ) -> dict:
     """Score how well the CLS attention of layers localizes the annotated boxes.
 
-    Args:
-        resolution: Side of the enlarged maps in pixels. Other arguments: see `crate_fast.eval`.
+    Args: See `crate_fast.eval`.
 
     Returns:
         "layers": for each, "layer" and scores as "best_head", "one_head" and "per_head"; "baselines": name → scores
@@ -196,13 +195,13 @@ def evaluate(
             truth = _boxes_of(sample)
             truths.append(truth)
             for layer, weights in maps.items():
-                measured[layer].append(_measure(weights[row].unflatten(-1, features.grid), truth, resolution))
+                measured[layer].append(_measure(weights[row].unflatten(-1, features.grid), truth))
             random = torch.rand((weights.shape[1], *features.grid), generator=generator)
-            noise.append(_measure(random, truth, resolution))
+            noise.append(_measure(random, truth))
     if not truths:
         raise UserError(f"none of the {without} images has a box: use images with objects, or other --boxes")
     random = _summary(noise)
-    baselines = _baselines(truths, features.grid, resolution)
+    baselines = _baselines(truths, features.grid)
     return {
         "layers": [{"layer": layer} | _summary(measured[layer]) for layer in layers],
         "baselines": baselines | {"random": {name: random[name] for name in ("best_head", "one_head")}},
@@ -249,9 +248,9 @@ def _figure(
             per_head = next(r for r in results[loaded.label]["layers"] if r["layer"] == layer)["per_head"]
             head = int(np.argmax([scores["MaxBoxAccV2"] for scores in per_head]))
             weights = features.cls_attention(layer)[0, head].float().cpu().view(1, *features.grid)
-            enlarged = _enlarge(weights, options.resolution)
+            enlarged = _enlarge(weights)
             cut = round(per_head[head]["threshold"] * len(THRESHOLDS))
-            row += [Picture(enlarged[0]), _draw_boxes(sample, largest_boxes(enlarged)[0, cut] / options.resolution)]
+            row += [Picture(enlarged[0]), _draw_boxes(sample, largest_boxes(enlarged)[0, cut] / RESOLUTION)]
         rows.append(row)
     names = [(f"{loaded.label}, layer {layer}", "box") for loaded, _, layer in shown]
     return write_pages(rows, folder, "boxes", None, ["annotated", *itertools.chain(*names)])
@@ -275,7 +274,7 @@ def _command(options: argparse.Namespace) -> None:
     results, rows, shown = {}, [], []
     for loaded, images, (wanted, layer) in zip(models, data, layers, strict=True):
         reading = evaluation.reading(loaded.label) | {"seed": options.seed}
-        results[loaded.label] = evaluate(loaded, images, wanted, options.resolution, **reading)
+        results[loaded.label] = evaluate(loaded, images, wanted, **reading)
         rows += _rows(loaded.label, results[loaded.label], loaded.extract.default_layer)
         shown.append((loaded, images, layer))
     evaluation.write_table("table", rows)

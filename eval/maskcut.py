@@ -71,11 +71,9 @@ def object_of(vector: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.from_numpy((components == chosen) & (chosen > 0))
 
 
-def _check(n_patches: int, num_objects: int, tau: float) -> None:
+def _check(n_patches: int, tau: float) -> None:
     if n_patches < 2:
         raise UserError("one patch cannot be cut: use larger images (--image-size) for a finer grid")
-    if num_objects < 1:
-        raise UserError(f"num_objects={num_objects}: ask for at least one")
     if not -1 <= tau <= 1:
         raise UserError(f"tau={tau}: give a cosine from -1 to 1")
 
@@ -137,7 +135,7 @@ def maskcut(
             raise UserError(f"{n_patches} patches do not form a square grid: pass grid=(rows, columns)")
     if grid[0] * grid[1] != n_patches:
         raise UserError(f"grid={grid} does not fit the {n_patches} patches: rows·columns must be {n_patches}")
-    _check(n_patches, num_objects, tau)
+    _check(n_patches, tau)
     if not features.isfinite().all():
         raise UserError("the features hold NaN or infinity: check the model and the normalisation of its input")
     on_cpu = features.device.type == "cpu"  # a batch gains nothing there and runs as long as its slowest image
@@ -179,10 +177,10 @@ def _worth_keeping(mask: Tensor, previous: Tensor) -> bool:
     return bool(overlap <= _LARGEST_OVERLAP) and float(mask.float().mean()) > _SMALLEST_SHARE
 
 
-def check(loaded: LoadedModel, images: Dataset, num_objects: int = 3, tau: float = 0.15) -> None:
-    """Raise a `UserError` for bad settings of `detect`, a single patch, or annotations without an object."""
+def check(loaded: LoadedModel, images: Dataset, tau: float = 0.15) -> None:
+    """Raise a `UserError` for a wrong τ, a single patch, or annotations without an object."""
     require("pycocotools", "scipy")
-    _check(math.prod(loaded.extract.grid), num_objects, tau)
+    _check(math.prod(loaded.extract.grid), tau)
     if isinstance(images, CocoImages):  # a scene always has an object
         coco.require_objects(images.coco, images.keys())
 
@@ -272,7 +270,7 @@ def _command(options: argparse.Namespace) -> None:
     (loaded,) = open_models(options)
     layer = loaded.extract.resolve_layer(options.layer)
     images = open_data(options, loaded)
-    check(loaded, images, **settings)
+    check(loaded, images, options.tau)
     evaluation = Evaluation("maskcut", options, [loaded])
     decisive = {**loaded.facts, "data": options.data, "layer": layer, **settings, "format": _FORMAT}
     records = Records(evaluation.folder / "records", decisive)

@@ -103,8 +103,6 @@ def foreground(features: Tensor, threshold: float = 0.5, grid: tuple[int, int] |
     images, patches, width = features.shape
     grid = (round(patches**0.5),) * 2 if grid is None else grid
     check_foreground(grid, threshold)
-    if grid[0] * grid[1] != patches:
-        raise UserError(f"grid={grid} does not fit the {patches} patches: rows·columns must be {patches}")
     tokens = features.flatten(0, 1)
     components, explained = principal_components(tokens, min(4, width))
     projection = (tokens.double() @ components[:, 0]).view(images, *grid)
@@ -261,9 +259,7 @@ def _command(options: argparse.Namespace) -> None:
         outcome = evaluate(loaded, images, layers, **settings)["layers"]
         for result in outcome:
             shares = {f"component {i}": share for i, share in enumerate(result["explained"], start=1)}
-            names = {"foreground": "foreground_share", "IoU": "iou", "constant IoU": "constant_iou"}
-            scores = {title: result["mean"][name] for title, name in names.items()}
-            rows.append({"model": loaded.label, "layer": result["layer"]} | shares | scores)
+            rows.append({"model": loaded.label, "layer": result["layer"]} | shares | result["mean"])
             if result["problem"]:
                 where = f"{loaded.label}, layer {result['layer']}"
                 print(f"no colours for {where}: {result['problem']}", file=sys.stderr)

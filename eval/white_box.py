@@ -118,10 +118,7 @@ def _command(options: argparse.Namespace) -> None:
                 by_layer[-1] |= {column: row.get(name), f"{column} ±": row.get(f"{name}_std")}
         for name, (column, axis) in MEASURES.items():
             found = result["trends"].get(name, {"falls": result["left_out"].get(name)})
-            steps = f"{found['steps_down']} of {found['steps']}" if "steps" in found else None
-            row = {"first layer": found.get("first"), "last layer": found.get("last"), "steps down": steps}
-            row |= {"Spearman with depth": found.get("spearman"), "falls with depth": found["falls"]}
-            by_measure.append({"model": label, "measure": column} | row)
+            by_measure.append({"model": label, "measure": column} | found)
             if axis and name in result["trends"]:
                 points = [(row["layer"], row[name], row[f"{name}_std"]) for row in result["layers"]]
                 panels[axis].append(Curve(label, *zip(*points, strict=True), dashed=untrained))

@@ -55,7 +55,9 @@ def photos(tmp_path):
     return tmp_path / "photos", tmp_path / "boxes.json"
 
 
-def test_a_map_of_the_object_scores_1_and_baselines_score_less(photos):
+def test_a_map_of_the_object_scores_1_and_baselines_score_less(photos, monkeypatch):
+    monkeypatch.setattr(localization, "RESOLUTION", 40)
+
     def features(images, layers):
         """Let the first head attend to bright pixels and the second to dark ones."""
         grid = images.float().mean(dim=1)[:, ::2, ::2]
@@ -63,7 +65,7 @@ def test_a_map_of_the_object_scores_1_and_baselines_score_less(photos):
         return SimpleNamespace(grid=tuple(grid.shape[1:]), cls_attention=lambda layer: maps)
 
     model = SimpleNamespace(extract=SimpleNamespace(depth=1), features=features)
-    scores = evaluate(model, BoxedImages(photos[0], 40, photos[1]), resolution=40)
+    scores = evaluate(model, BoxedImages(photos[0], 40, photos[1]))
     assert (scores["images"], scores["without_boxes"]) == (5, 1)
     row = scores["layers"][0]
     for found in (row["best_head"], row["one_head"]):
@@ -115,7 +117,7 @@ def test_files_without_boxes_are_errors(photos, tmp_path):
 
 
 def test_the_command_writes_scores_and_a_figure(tmp_path):
-    words = "shipped:CRATE --limit 4 --layers -2 --resolution 16 --figure-images 2"
+    words = "shipped:CRATE --limit 4 --layers -2 --figure-images 2"
     assert localization.main([*words.split(), "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "results.json").read_text())["results"]
     assert next(iter(found.values()))["images"] == 4

@@ -148,7 +148,6 @@ def test_bad_arguments_are_errors():
     for features, settings, message in (
         (torch.ones(60, 4), {}, "60 patches do not form a square grid"),
         (torch.ones(60, 4), {"grid": (5, 5)}, r"grid=\(5, 5\) does not fit the 60 patches"),
-        (torch.ones(16, 4), {"num_objects": 0}, "num_objects=0"),
         (torch.ones(16, 4) / 0, {}, "NaN or infinity"),
         (torch.ones(4, 4).long(), {}, "torch.int64"),
     ):

@@ -294,10 +294,8 @@ def open_images(specification: str, size: int, limit: int | None = None) -> Data
         limit: Number of images, taken from the start; all when None.
 
     Raises:
-        UserError: Images or annotations are missing, the specification is invalid, or the limit is not positive.
+        UserError: Images or annotations are missing, or the specification is invalid.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit {limit}: give a positive number, or leave it out for all images")
     kind, _, rest = specification.partition(":")
     if kind == "shape_scenes":
         if rest and not rest.isdigit():

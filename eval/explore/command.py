@@ -55,10 +55,7 @@ def default_choices(runs: Path = Path("runs")) -> tuple[list[ModelChoice], str]:
         note = f"The newest run below {runs}/ comes first. Open other models with --checkpoint."
     else:
         choices = []
-        note = (
-            f"There is no run below {runs}/. These small models come with the package. Train your own with "
-            "crate-fast pretrain, or open one with --checkpoint."
-        )
+        note = f"There is no run below {runs}/. These small models come with the package."
     names, group = packaged_models(), "models of the package"
     choices += [ModelChoice(f"shipped:{name}", record(name)["description"], group) for name in names]
     choices += [ModelChoice(f"shipped:{name}@untrained", f"{name}, untrained", group, True) for name in names]
