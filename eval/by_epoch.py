@@ -41,10 +41,9 @@ def _command(options: argparse.Namespace) -> None:
     layer = untrained.extract.resolve_layer(options.layer)
     images = open_data(options, untrained)
     measures = check_measures(options.measures, untrained, images, options.data)
-    evaluation = Evaluation("by_epoch", options, [])
+    evaluation = Evaluation("by_epoch", options, [untrained])
     shown = [sample.image for _, sample in itertools.islice(readable(images), 4)]
     columns = [[image_picture(image) for image in shown]]
-    facts: list[dict] = []
     left_out: dict[int, str] = {}
     results: dict[int, dict[str, float]] = {}
     for step in [0, *chosen]:
@@ -56,7 +55,6 @@ def _command(options: argparse.Namespace) -> None:
             continue
         reading = evaluation.reading(f"step {step}")
         results[step] = evaluate(loaded, images, [layer], measures, options.seed, **reading)[layer]
-        facts.append(loaded.facts)
         features = loaded.features(torch.stack(shown), [layer])  # one PCA per image (paper, Fig. 10, right)
         colours = [component_colours(tokens[None], features.grid) for tokens in features.keys(layer).cpu()]
         columns.append([c if c is None else Picture(c.view(*features.grid, 3).numpy()) for c in colours])
@@ -71,8 +69,8 @@ def _command(options: argparse.Namespace) -> None:
     curve_figure(curves({label: along}), xlabel, evaluation.figure("by_epoch"), from_zero=True, columns=3)
     titles = [f"epoch {epochs[step]:g}" if known else f"step {step}" for step in results]
     image_grid(list(zip(*columns, strict=True)), evaluation.figure("components"), column_titles=["image", *titles])
-    config = {"layer": layer, "models": facts}
-    evaluation.finish({"rows": rows, "left_out": left_out}, config, ["all numbers except counts are in %"])
+    notes = ["all numbers except counts are in %"]
+    evaluation.finish({"rows": rows, "left_out": left_out}, {"layer": layer}, notes)
 
 
 main = main_of("eval by_epoch", _command)

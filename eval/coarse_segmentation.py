@@ -25,7 +25,6 @@ from crate_fast.eval.common.images import batches, readable
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.options import main_of
 
-BASELINES = ("constant", "random", "mean_mask", "true_mask")
 NAMES = {"topk": "mIoU topk", "mass": "mIoU mass", "ap": "attention AP"}  # reading → name in tables
 
 
@@ -94,8 +93,7 @@ def _command(options: argparse.Namespace) -> None:
         results[loaded.label] = scores
     for loaded, reading in itertools.product(models, segmentation.READINGS):
         scores, known = results[loaded.label][reading], {"model": loaded.label, "score": NAMES[reading]}
-        equal = {name.replace("_", " "): scores[name] for name in (*BASELINES, "images", "objects")}
-        equal["objects without a patch"] = scores["objects_without_patch"]
+        equal = {name.replace("_", " "): n for name, n in scores.items() if name not in ("layers", "fraction")}
         for row in scores["layers"]:
             star = " *" * (row["layer"] == loaded.extract.default_layer)
             heads = {"best head": row["best_head"], "one head for all": row["fixed_head"]}

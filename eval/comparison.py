@@ -10,47 +10,28 @@ A model with one of the paper's names also gets the paper's numbers and the gap;
 
 import argparse
 
-from torch.utils.data import Dataset
-
 from crate_fast.errors import UserError
-from crate_fast.eval import by_layer
-from crate_fast.eval.by_layer import check_measures
+from crate_fast.eval import maskcut
+from crate_fast.eval.by_layer import check_measures, evaluate
 from crate_fast.eval.common import paper
 from crate_fast.eval.common.command import Evaluation, open_models
 from crate_fast.eval.common.images import open_images
-from crate_fast.eval.common.models import LoadedModel
 from crate_fast.options import main_of
 
 # "coarse" first: it takes minutes, "maskcut" hours
 NEEDS = {"table1": ("maskcut",), "table2": ("coarse", "maskcut"), "figure4": ("coarse",)}
-
-
-def evaluate(
-    loaded: LoadedModel, images: Dataset, measure: str, layer: int | None = None, **options
-) -> dict[str, float]:
-    """Score one model at one layer in percent, with the paper's column names.
-
-    Args:
-        measure: "maskcut" or "coarse". Other arguments: see `crate_fast.eval`.
-        **options: See `by_layer.evaluate`.
-
-    Returns:
-        For "maskcut": "box AP50", "box AP75", "box AP", "box AR100", the same with "mask", and "COCO images". For
-        "coarse": "VOC mIoU" with `topk` masks, as in the paper's text; the mIoU of the baselines "mean mask", "random
-        maps" and "constant mask"; "attention AP", which needs no threshold; and "VOC images".
-    """
-    layer = loaded.extract.resolve_layer(layer)
-    numbers = by_layer.evaluate(loaded, images, [layer], [measure], **options)[layer]
-    if measure == "maskcut":
-        return {"COCO images" if name == "images" else name: value for name, value in numbers.items()}
-    return {
-        "VOC mIoU": numbers["mIoU topk"],
-        "mean mask": numbers["mean mask mIoU topk"],
-        "random maps": numbers["random mIoU topk"],
-        "constant mask": numbers["constant"],
-        "attention AP": numbers["attention AP"],
-        "VOC images": numbers["images"],
-    }
+# measure → name in `by_layer.evaluate` → column; `topk` masks follow the paper's text
+_COLUMNS = {
+    "maskcut": {name: name for name in maskcut.SCORES} | {"images": "COCO images"},
+    "coarse": {
+        "mIoU topk": "VOC mIoU",
+        "mean mask mIoU topk": "mean mask",
+        "random mIoU topk": "random maps",
+        "constant": "constant mask",
+        "attention AP": "attention AP",
+        "images": "VOC images",
+    },
+}
 
 
 def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
@@ -90,8 +71,10 @@ def _command(options: argparse.Namespace) -> None:
     evaluation = Evaluation("comparison", options, [], f"comparison_{options.table}")
     ours: dict[str, dict[str, float]] = {}
     for loaded, images, measure in tasks:
-        reading = evaluation.reading(f"{measure}, {loaded.label}") | {"seed": options.seed}
-        ours.setdefault(loaded.label, {}).update(evaluate(loaded, images, measure, options.layer, **reading))
+        layer, reading = loaded.extract.resolve_layer(options.layer), evaluation.reading(f"{measure}, {loaded.label}")
+        numbers = evaluate(loaded, images, [layer], [measure], options.seed, **reading)[layer]
+        row = {column: numbers[name] for name, column in _COLUMNS[measure].items()}
+        ours.setdefault(loaded.label, {}).update(row)
     rows = compare(options.table, ours)
     evaluation.write_table(options.table, rows, digits=1)
     note = "Numbers in %; gap: ours − paper's. The paper uses 5,000 images of COCO val2017 and 1,449 of VOC2012 val."

@@ -39,6 +39,11 @@ EPSILON = 1e-5  # affinity of patches that are not linked
 _LARGEST_OVERLAP, _SMALLEST_SHARE = 0.5, 0.01  # IoU with the previous mask; share of the grid
 _FORMAT = 2  # version of the records; raise it when their content changes
 _LINK_BYTES = 2 * 2**30  # memory for the affinities of one batch
+SCORES = {  # name in tables → kind and name in `coco.class_agnostic_scores`
+    f"{name} {score}": (kind, score)
+    for kind, name in (("bbox", "box"), ("segm", "mask"))
+    for score in ("AP50", "AP75", "AP", "AR100")
+}
 _COLOURS = ((230, 60, 50), (60, 130, 230), (60, 180, 80), (240, 180, 40), (160, 90, 210), (40, 190, 200))
 
 
@@ -229,12 +234,7 @@ def summarise(images: Dataset, records: Sequence[dict], layer: int) -> dict:
 
 def in_percent(numbers: dict) -> dict[str, float]:
     """Return the scores for tables in percent, "box AP50" to "mask AR100"; {} if `numbers` has no AP."""
-    return {
-        f"{name} {score}": 100 * numbers[kind][score]
-        for kind, name in (("bbox", "box"), ("segm", "mask"))
-        if kind in numbers
-        for score in ("AP50", "AP75", "AP", "AR100")
-    }
+    return {name: 100 * numbers[kind][score] for name, (kind, score) in SCORES.items() if kind in numbers}
 
 
 def evaluate(loaded: LoadedModel, images: Dataset, layers: Sequence[int] | None = None, **options) -> dict[int, dict]:

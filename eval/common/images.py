@@ -341,12 +341,11 @@ def batches(
     """
     problems = [] if problems is None else problems
     loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)
-    readable, first_problem = 0, ""
+    readable = 0
     with tqdm(total=len(images), desc=progress, unit="img", disable=progress is None) as bar:
         for samples in loader:
             for sample in samples:
                 if sample.problem is not None:
-                    first_problem = first_problem or sample.problem
                     if sample.problem not in problems:  # several models read the same images
                         problems.append(sample.problem)
                     bar.write(f"unreadable: {sample.problem}", file=sys.stderr)
@@ -356,7 +355,7 @@ def batches(
                 yield Batch(torch.stack([sample.image for sample in good]), good)
             bar.update(len(samples))
     if not readable and not allow_none:
-        raise UserError(f"none of the {len(images)} images could be read; first problem: {first_problem}")
+        raise UserError(f"none of the {len(images)} images could be read; first problem: {''.join(problems[:1])}")
 
 
 def free_photographs() -> dict[str, Path]:
