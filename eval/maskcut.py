@@ -291,9 +291,8 @@ def _command(options: argparse.Namespace) -> None:
     write_text(evaluation.folder / "detections.json", json.dumps(detections) + "\n")
     evaluation.written.append(evaluation.folder / "detections.json")
     counts = {name: numbers[name] for name in ("images", "detections")}
-    evaluation.write_table(
-        "table", [{"model": loaded.label, "layer": layer, **counts, **in_percent(numbers)}], digits=2
-    )
+    row = {"model": loaded.label, "layer": layer, **counts, **in_percent(numbers)}
+    evaluation.write_table("table", [row], digits=2)
     notes = [
         "AP and AR in %, class-agnostic; all detections have score 1 and are ranked by image id.",
         "Images that could not be read count as images without detections.",

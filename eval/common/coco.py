@@ -28,7 +28,7 @@ def read_annotations(path: Path):
     """
     content = coco_content(path)
     images, where = index_of(content["images"], [], []), "categories"
-    annotations = []
+    annotations, ids = [], set(map(str, images.imgs))
     try:
         for category in content["categories"]:
             category["name"] = str(category.get("name", category["id"]))
@@ -38,6 +38,8 @@ def read_annotations(path: Path):
                 where = f"annotation {annotation['id']!r}"
                 _complete(annotation, images)
                 annotations.append(annotation)
+            elif str(annotation["image_id"]) in ids:
+                raise ValueError(f"image_id {annotation['image_id']!r} and the id of its image have different types")
         return index_of(content["images"], annotations, content["categories"])
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
