@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, require
+from crate_fast.eval.common import paper
 from crate_fast.eval.common.command import Evaluation, open_models
 from crate_fast.eval.common.images import Sample, batches
 from crate_fast.eval.common.models import LoadedModel
@@ -303,6 +304,11 @@ def _row(label: str, counts: dict, scores: dict) -> dict:
     return row
 
 
+def _published(label: str, dataset: str, n_classes: int) -> float | None:
+    """Return the model's accuracy on the data set in the paper's Table 3, in percent; 1,000 classes are ImageNet."""
+    return paper.find("table3", label).get("imagenet" if n_classes == 1000 else dataset)
+
+
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
     plan = []
@@ -332,6 +338,8 @@ def _command(options: argparse.Namespace) -> None:
         found = evaluate(loaded, data, protocols, raw_pixels=raw, **settings)
         results[loaded.label] = found | {"data": source}
         of_raw = f"raw pixels {RAW_SIDE}×{RAW_SIDE} ({config.dataset})"
+        if (published := _published(loaded.label, config.dataset, found["classes"])) is not None:
+            notes.append(f"{loaded.label}: the paper's Table 3 has {published} % after fine-tuning all weights")
         for name, scores in ((loaded.label, found), (of_raw, found.get("raw_pixels"))):
             if scores:
                 rows.append(_row(name, found, scores))
