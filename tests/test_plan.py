@@ -1,7 +1,6 @@
 """`crate-fast plan`: operations and bytes against values by hand and a real forward pass, and the command."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -9,8 +8,7 @@ import torch.nn.functional as F
 from image_data import write_tree
 
 from crate_fast import CRATEMAE
-from crate_fast.errors import UserError
-from crate_fast.train import cost, plan
+from crate_fast.train import plan
 from crate_fast.train.config import TrainConfig, recipe_names
 from crate_fast.train.cost import Flops, activation_bytes, count_flops, meta_model, optimizer_bytes
 from crate_fast.train.runs import build_model
@@ -26,10 +24,16 @@ def _changed(**changes) -> TrainConfig:
     return dataclasses.replace(TINY, **changes)
 
 
-def _plan(tmp_path, *words: str) -> dict:
-    file = tmp_path / "plan.json"
-    assert plan.main([*words, "--json", str(file)]) == 0
-    return json.loads(file.read_text())
+@pytest.fixture
+def planned(capsys):
+    """A function that returns the printed numbers of a plan."""
+
+    def numbers(*words: str) -> dict[str, float]:
+        assert plan.main(list(words)) == 0
+        lines = [line.rpartition("  ") for line in capsys.readouterr().out.splitlines()[1:] if "unknown" not in line]
+        return {name.strip(): float(value.replace(",", "")) for name, _, value in lines}
+
+    return numbers
 
 
 EMBED, HEAD = 2 * PATCHES * PATCH_DIM * C, 2 * C * K  # operations: two per multiply-add
@@ -67,7 +71,7 @@ def test_operations_of_an_autoencoder():
 
 
 def _kept(config: TrainConfig, device: str, dtype: torch.dtype | None, images: int = 4) -> int:
-    return activation_bytes(meta_model(config, K), config, images, K, device, dtype)
+    return activation_bytes(meta_model(config, K), config, images, device, dtype)
 
 
 def test_activations_equal_those_of_a_real_forward_pass():
@@ -124,110 +128,60 @@ def test_a_frozen_model_keeps_only_activations_of_the_classifier():
 
 def test_bytes_of_optimiser_states():
     model = meta_model(TINY, K)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, tensors = sum(p.numel() for p in model.parameters()), len(list(model.parameters()))
     for optimizer, states in (("adamw", 2), ("lion", 1), ("sgd", 1), ("lamb", 2)):
-        assert optimizer_bytes(model, _changed(optimizer=optimizer)) == 4 * states * parameters
+        found = optimizer_bytes(model, _changed(optimizer=optimizer))
+        assert 0 <= found - 4 * states * parameters <= 4 * tensors  # some count the steps of each tensor
 
 
-def test_sharding_divides_all_tensors_with_several_rows(tmp_path):
-    words = ["--recipe", "in1k_released", "--ema-decay", "0.99", "--images", "4096", "--depth", "1"]
-    result = _plan(tmp_path, *words, "--gpus", "8")
-    parameters, whole = result["model"]["parameters"], result["memory_bytes"]
-    shared = _plan(tmp_path, *words, "--gpus", "8", "--parallel", "fsdp")["memory_bytes"]
-    hybrid = _plan(tmp_path, *words, "--gpus", "8", "--hosts", "2", "--parallel", "hsdp")["memory_bytes"]
-    tokens = (197 + 1) * 384  # positions and CLS have one row
-    assert whole["weights"] == 4 * parameters
-    for sharded, processes in ((shared, 8), (hybrid, 4)):
-        held = 4 * ((parameters - tokens) // processes + tokens)
-        assert [sharded[name] for name in ("weights", "gradients", "optimizer", "ema")] == [held] * 4
-        assert sharded["activations"] == whole["activations"]
-    assert shared["total"] == sum(value for name, value in shared.items() if name != "total")
+def test_sharding_divides_all_but_the_activations(planned):
+    words = ["--recipe", "in1k_released", "--ema-decay", "0.99", "--depth", "1", "--gpus", "8"]
+    whole, shared = planned(*words), planned(*words, "--parallel", "fsdp")
+    weights = 4 * whole["parameters"] / 2**30
+    for name in ("weights", "gradients", "optimizer", "EMA"):
+        assert whole[f"{name}, GiB"] == pytest.approx(weights, rel=1e-4)
+        assert shared[f"{name}, GiB"] == pytest.approx(weights / 8, rel=1e-4)
+    activations = whole["activations in bf16, GiB"]
+    assert shared["activations in bf16, GiB"] == activations
+    assert shared["memory in all, GiB"] == pytest.approx(activations + weights / 2, rel=1e-4)
 
 
-def test_the_numbers_of_a_plan_by_hand(tmp_path):
-    words = ["--recipe", "cifar10", "--gpus", "4", "--accumulate", "2", "--epochs", "3"]
-    result = _plan(tmp_path, *words, "--image-kb", "4", "--lr-scaling", "linear")
-    schedule = result["schedule"]
-    assert (schedule["images"], schedule["steps_per_epoch"], schedule["steps"]) == (50_000, 390, 1_170)
-    assert (schedule["images_seen"], schedule["micro_batch"], schedule["warmup_steps"]) == (149_760, 16, 390)
-    assert schedule["peak_lr"] == pytest.approx(1e-3 * 128 / 256)
-    assert (result["model"]["parameters"], result["model"]["classes"]) == (694_186, 10)
-    assert result["data"]["gb_per_epoch"] == pytest.approx(0.19968)
-    assert result["flops"]["run"] == result["flops"]["step"] * 149_760
+def test_the_numbers_of_a_plan_by_hand(planned):
+    words = ["--recipe", "cifar10", "--gpus", "4", "--accumulate", "2", "--epochs", "3", "--images-per-s", "100"]
+    found = planned(*words)
+    names = ("images", "classes", "steps per epoch", "steps", "images per pass and device", "parameters")
+    assert [found[name] for name in names] == [50_000, 10, 390, 1_170, 16, 694_186]
+    assert found["hours"] == pytest.approx(1_170 * 128 / 100 / 3600, rel=1e-4)
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_can_be_planned_without_its_data(recipe, capsys):
     assert plan.main(["--recipe", recipe, "--gpus", "2", "--depth", "1"]) == 0
-    assert "not measured: pass --throughput" in capsys.readouterr().out
+    assert "unknown: pass --images-per-s" in capsys.readouterr().out
 
 
-def test_images_of_an_existing_folder_are_counted(tmp_path):
+def test_images_of_an_existing_folder_are_counted(tmp_path, planned):
     names = ["a/inside/1.jpg", "a/2.PNG", "b/3.webp", "b/notes.txt", ".ipynb_checkpoints/1.jpg"]
-    write_tree(tmp_path / "train", dict.fromkeys(names, b""))
-    config = TrainConfig(dataset="folder", data_dir=str(tmp_path))
-    assert cost.find_data_size(config, "in1k_released", None, None) == (3, 2, f"counted in {tmp_path / 'train'}")
-    assert cost.find_data_size(config, "in1k_released", 77, None)[:2] == (77, 2)
+    for split in ("train", "val"):
+        write_tree(tmp_path / split, dict.fromkeys(names, b""))
+    words = ["--recipe", "in1k_released", "--data-dir", str(tmp_path), "--depth", "1", "--batch-size", "1"]
+    for given, sizes in (([], (3, 2)), (["--images", "77"], (77, 2))):
+        found = planned(*words, *given)
+        assert (found["images"], found["classes"]) == sizes
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--dataset folder", "the number of images in dataset='folder' is unknown: pass --images N"),
-        ("--dataset folder --images 500", "the number of classes in dataset='folder' is unknown: pass --classes N"),
+        ("--dataset folder --images 500", "train does not exist .data_dir holds: no such folder.: pass --data-dir"),
         ("--gpus 3", "batch_size=128 cannot be divided among 3 processes × 1 accumulation steps: make it a multiple"),
         ("--train-samples 50", "the training split has 50 images, fewer than batch_size=128"),
-        ("--gpus 4 --hosts 3 --parallel hsdp", "--gpus 4 is not a multiple of --hosts 3"),
         ("--gpus 0", "--gpus: 0: give a positive integer"),
         ("--optimizer lyon", "lyon"),
-        ("--throughput nowhere", "nowhere is not a run"),
+        ("--optimizer kron --depth 1", "optimizer='kron' cannot be planned"),
         ("--dataset folder --data-dir EMPTY", "it holds no images"),
-        ("--depth 1 --throughput UNFINISHED", "has no throughput"),
     ],
 )
 def test_bad_plans_are_errors(words, message, tmp_path, refuses):
-    write_tree(tmp_path, {"EMPTY/train/notes.txt": b"", "UNFINISHED/config.yaml": b"depth: 1\n"})
-    words = [str(tmp_path / word) if word.isupper() else word for word in words.split()]
-    refuses(message, plan.main, words)
-    if "UNFINISHED" in words[-1]:
-        (tmp_path / "UNFINISHED" / "summary.json").write_text("{}")
-        refuses(message, plan.main, words)
-
-
-@pytest.fixture
-def measured(tmp_path):
-    """Folder of a finished run."""
-    (tmp_path / "config.yaml").write_text(
-        "{model: crate_small_patch8_224, image_size: 224, depth: 1, batch_size: 512}"
-    )
-    rate = {"images_per_s_per_device": 1000.0, "device": "NVIDIA H200", "devices": 1, "precision": "fp32"}
-    (tmp_path / "summary.json").write_text(json.dumps({"throughput": rate}))
-    return tmp_path
-
-
-def test_hours_follow_from_a_measured_rate(measured, tmp_path, capsys):
-    words = ["--recipe", "in21k_paper", "--depth", "1", "--gpus", "8", "--throughput", str(measured)]
-    result = _plan(tmp_path, *words)
-    rate = result["rate"]
-    assert rate["images_per_s"] == 8000
-    assert rate["hours"] == pytest.approx(90 * 3466 * 4096 / 8000 / 3600)
-    assert rate["gpu_hours"] == pytest.approx(8 * rate["hours"])
-    assert rate["mb_per_s"] == pytest.approx(880)
-    remarks = "measured with precision fp32, planned with bf16; measured with devices 1, planned with 8"
-    assert "; ".join(result["remarks"]) == remarks
-    assert "not measured" not in capsys.readouterr().out
-
-
-def test_a_rate_of_another_model_is_an_error(measured):
-    config = TrainConfig(model="crate_small_patch8_224", image_size=224, depth=1)
-    assert cost.read_throughput(measured, config)["micro_batch"] == 512
-    for changes, message in (
-        ({"depth": 2}, r"another model \(depth 1 measured, 2 planned\)"),
-        ({"attention": "mhsa"}, "attention None measured, 'mhsa' planned"),
-        ({"model": "crate_tiny_patch16_224"}, "'crate_small_patch8_224' measured, 'crate_tiny_patch16_224' planned"),
-        ({"patch_size": 16}, "patch_size None measured, 16 planned"),
-        ({"image_size": 32}, "image_size 224 measured, 32 planned"),
-        ({"visible_only": True}, "visible_only False measured, True planned"),
-    ):
-        with pytest.raises(UserError, match=message):
-            cost.read_throughput(measured, dataclasses.replace(config, **changes))
+    write_tree(tmp_path, {"EMPTY/train/notes.txt": b""})
+    refuses(message, plan.main, [str(tmp_path / word) if word.isupper() else word for word in words.split()])

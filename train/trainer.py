@@ -5,7 +5,6 @@ checkpoints/ tensorboard/ profile/ wandb_id
 """
 
 import argparse
-import dataclasses
 import itertools
 import math
 import os
@@ -18,6 +17,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict, replace
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
@@ -60,7 +60,6 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
     with process_group(config.device, config.threads) as processes, Interruption() as interruption:
         name = f"runs/{Path(options.recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = Path(options.output or processes.agree(name))
-        distributed.check_settings(config, processes)  # first, because listing the data may take minutes
         if config.download and processes.local_rank != 0:
             processes.wait()
         data = build_splits(config)
@@ -125,7 +124,7 @@ class Trainer:
             average = {"decay": config.ema_decay, "use_warmup": config.ema_warmup, "foreach": not sharded}
             self.ema = ModelEmaV3(self.model, **average)
         for whole in self._models() if sharded else ():
-            distributed.shard(whole, config, processes)
+            distributed.shard(whole, processes)
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.objective.dtype is torch.float16)
         self.runner = distributed.parallelize(self.model, config, processes)
@@ -380,7 +379,7 @@ class Trainer:
         rest = {"step": self.step, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
         interval = {"sums": dict(self.sums), "taken": self.taken}
         extra = {"unreadable": dict(self.tally.met), "interval": interval}
-        return weights, ema, {"trainer": rest | {"nonfinite": dataclasses.asdict(self.nonfinite)}, "extra": extra}
+        return weights, ema, {"trainer": rest | {"nonfinite": asdict(self.nonfinite)}, "extra": extra}
 
     def restore(self, weights: dict[str, Tensor], ema: dict[str, Tensor] | None, training: dict) -> None:
         """Restore a `state`, also with another number of processes. All processes must call it."""
@@ -425,33 +424,28 @@ class Trainer:
 
 
 def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Processes) -> None:
-    """Train two steps, evaluate two batches, save and load in a temporary folder; print time and memory."""
+    """Train two steps, evaluate two batches, save and load in a temporary folder; print speed and memory."""
     parent = next(path for path in output.absolute().parents if path.exists())  # on the same disk as the run
     folder = Path(processes.agree(tempfile.mkdtemp(prefix=".dry-run-", dir=parent) if processes.first else ""))
     try:
-        config = dataclasses.replace(config, wandb="", profile=0, log_every=1)
-        with closing(Trainer(config, folder / "run", data, processes, Interruption())) as trainer:
+        with closing(
+            Trainer(replace(config, log_every=1), folder / "run", data, processes, Interruption())
+        ) as trainer:
             trainer.total_steps = min(DRY_RUN_STEPS, trainer.total_steps)
             trainer.val_loader = list(itertools.islice(trainer.val_loader, 2))
             trainer.begin(resume=False)
             trainer.train()
-            saved = checkpoint.load(trainer.run.checkpoints, trainer.step)  # verifies it
-            trainer.restore(*saved[:3])
+            trainer.restore(*checkpoint.load(trainer.run.checkpoints, trainer.step)[:3])
         processes.wait()
     finally:
         if processes.first:
             shutil.rmtree(folder)
     if processes.first:
-        trained, evaluated = trainer.run.history[-2:]
-        loss = trained.get("loss", float("nan"))  # missing if the steps were skipped
-        size = sum(file["bytes"] for file in saved.manifest["files"].values())
         on_gpu = processes.device.type == "cuda"
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else rss
-        print(
-            f"dry run: {trainer.step} steps, the last at {trained['images_per_s']:,.1f} images/s, "
-            f"loss {loss:.4f}; validation loss {evaluated['val_loss']:.4f} on two batches per process\n"
-            f"peak memory of this process {peak:,.0f} MiB{' on the GPU' if on_gpu else ''}; a checkpoint is "
-            f"{size / 2**20:,.1f} MiB, and up to {config.keep_checkpoints + 2} are on the disk at once\n"
-            "the checkpoint was saved, loaded and deleted: run the same command without --dry-run to train"
+        peak = (
+            torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         )
+        print(
+            f"dry run: {trainer.step} steps, the last at {trainer.speeds[-1]:,.1f} images/s; a checkpoint was read back"
+        )
+        print(f"peak memory of this process{' on the GPU' if on_gpu else ''}: {peak / 2**20:,.0f} MiB")
