@@ -82,16 +82,16 @@ def without_figures() -> None:
 class Forked:
     """A run with the interface of `Popen`, in processes forked from one that has imported everything.
 
-    The processes have torchrun's environment, on `hosts` hosts, and first run the Python code `before`. With
+    The processes have torchrun's environment and first run the Python code `before`. With
     `restarts` one process is torchrun's agent: it forks the others and restarts them that often.
     """
 
-    def __init__(self, argv: list[str], processes=1, hosts=1, script="pretrain", before="", restarts=None):
-        port, local = str(free_port()), processes // hosts
+    def __init__(self, argv: list[str], processes=1, script="pretrain", before="", restarts=None):
+        port = str(free_port())
         self.log = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115  (stays open)
         self.processes = []
         for rank in range(processes if restarts is None else 1):
-            numbers = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": local}
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             numbers |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment = {name: str(value) for name, value in numbers.items()} if processes > 1 else {}
             if restarts is not None:

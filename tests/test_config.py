@@ -70,6 +70,10 @@ def test_a_dumped_configuration_is_a_recipe(tmp_path):
             ["--compile", "--compile-mode", "reduce-overhead", "--accumulate", "2"],
             "PyTorch's CUDA graphs overwrite gradients with accumulate=2; use compile_mode='default' or",
         ),
+        (
+            ["--compile", "--compile-mode", "reduce-overhead", "--parallel", "fsdp"],
+            "but parallel='fsdp' moves them: use compile_mode='default', or parallel='ddp'",
+        ),
         (["--batch-size", "10", "--accumulate", "3"], "not a multiple of accumulate=3"),
         (["--min-lr", "0.1"], "min_lr=0.1 is above the peak learning rate 0.003: lower min_lr"),
         (["--threads", "100000"], "threads=100000: it must be at least 0, and at most 1024"),

@@ -1,4 +1,4 @@
-"""One process, DDP, FSDP2 and hybrid sharding have the same losses and read each other's checkpoints."""
+"""One process, DDP and FSDP2 have the same losses and read each other's checkpoints."""
 
 import functools
 import json
@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from runs import TINY, back_to, entries, losses, run, same, tiny_config, weights
+from runs import TINY, back_to, entries, losses, run, same, weights
 
 from crate_fast.train import distributed, pretrain
-from crate_fast.train.distributed import Processes, check_settings, process_group, shard
-from crate_fast.train.runs import build_model
+from crate_fast.train.distributed import process_group
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 WORDS = ("--ema-decay", "0.9", "--hflip", "0.5", "--batch-size", "24", "--epochs", "1", "--warmup-epochs", "0")
@@ -39,12 +38,6 @@ def _agrees(folder, alone) -> None:
         first, second = weights(folder, LAST, name), weights(alone, LAST, name)
         assert first.keys() == second.keys()
         assert all(torch.allclose(first[key], second[key], rtol=1e-3, atol=2e-4) for key in first)
-
-
-def test_hybrid_sharding_over_two_hosts_trains_as_one_process(alone, tmp_path):
-    words = (*WORDS, "--parallel", "hsdp", "--output", str(tmp_path))
-    assert "on 4 × cpu (hsdp)" in run(*words, processes=4, hosts=2)
-    _agrees(tmp_path, alone)
 
 
 @pytest.fixture(scope="module")
@@ -94,19 +87,6 @@ Trainer.prepare_images = poisoned
     assert json.loads((tmp_path / "summary.json").read_text())["skipped_steps"] == 1
     assert 3 not in losses(tmp_path)
     assert all(math.isfinite(loss) for loss in losses(tmp_path).values())
-
-
-def test_settings_that_cannot_be_sharded_are_errors():
-    pair = Processes(0, 0, 2, torch.device("cpu"), 2)
-    with pytest.raises(ValueError, match="clip_mode='agc' needs whole weights"):
-        check_settings(tiny_config(parallel="fsdp", clip_mode="agc", clip_grad=0.01), pair)
-    graphs = {"compile": True, "compile_mode": "reduce-overhead"}
-    with pytest.raises(ValueError, match="use compile_mode='default', or parallel='ddp'"):
-        check_settings(tiny_config(parallel="fsdp", **graphs), pair)
-    check_settings(tiny_config(parallel="ddp", **graphs), pair)
-    config = tiny_config(parallel="hsdp")
-    with pytest.raises(ValueError, match="3 processes are not a multiple of the 2 on this host"):
-        shard(build_model(config, 12), config, Processes(0, 0, 3, torch.device("cpu"), 2))
 
 
 def test_after_an_error_a_process_does_not_wait_for_the_others(monkeypatch):

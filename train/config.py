@@ -195,9 +195,8 @@ class TrainConfig:
     """Label smoothing of the cross-entropy."""
     clip_grad: Amount = 1.0
     """Limit of gradient clipping, applied as clip_mode says; 0 turns it off."""
-    clip_mode: Literal["norm", "value", "agc"] = "norm"
-    """Quantity that clip_grad limits: norm (of the whole gradient); value (of each entry); agc (norm of each row
-    relative to its weights, except in the classifier; Brock et al., 2021). Usual limits for agc are 0.01 to 0.1."""
+    clip_mode: Literal["norm", "value"] = "norm"
+    """Quantity that clip_grad limits: norm (of the whole gradient) or value (of each entry)."""
 
     ema_decay: Rate = 0.0
     """Decay of the exponential moving average (EMA) of the weights; 0 turns it off. The EMA weights are evaluated
@@ -220,9 +219,8 @@ class TrainConfig:
     cudagraphs."""
     channels_last: bool = False
     """Use the channels_last memory format, for models with a convolutional patch embedding."""
-    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
-    """Parallelism. ddp: each process holds the whole model; fsdp: FSDP2, each process holds a shard; hsdp: FSDP2
-    within a host, replicas across hosts."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Parallelism. ddp: each process holds the whole model; fsdp: FSDP2, each process holds a shard."""
     grad_checkpointing: bool = False
     """Recompute layers in the backward pass to save memory."""
     threads: Cores = 0
@@ -269,6 +267,8 @@ class TrainConfig:
             # pytorch/pytorch#169545
             f"{mode}: PyTorch's CUDA graphs overwrite gradients with accumulate={self.accumulate}; use "
             "compile_mode='default' or 'max-autotune-no-cudagraphs'": graphs and self.accumulate > 1,
+            f"{mode} records the addresses of weights, but parallel='fsdp' moves them: use compile_mode='default', "
+            "or parallel='ddp'": graphs and self.parallel == "fsdp",
         }
         for message, wrong in refused.items():
             if wrong:

@@ -1,4 +1,4 @@
-"""Distributed training: the process group, parallel models (DDP, FSDP2, hybrid) and their unsharded state."""
+"""Distributed training: the process group, parallel models (DDP, FSDP2) and their unsharded state."""
 
 import os
 import warnings
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crate_fast.errors import UserError
 from crate_fast.settings import usable_cores
-from crate_fast.train.config import MODES_WITH_GRAPHS, TrainConfig
+from crate_fast.train.config import TrainConfig
 
 T = TypeVar("T")
 
@@ -30,7 +30,6 @@ class Processes:
     local_rank: int
     world_size: int
     device: torch.device
-    local_world_size: int = 1
 
     @property
     def first(self) -> bool:
@@ -119,7 +118,7 @@ def process_group(device: str, threads: int = 0):
             timeout=timedelta(hours=2),  # one process downloads data and writes the report while the others wait
             **_fresh_store(rank, world_size),
         )
-    yield Processes(rank, local_rank, world_size, chosen, local_size)
+    yield Processes(rank, local_rank, world_size, chosen)
     if world_size > 1:  # not after an error: NCCL would wait for processes that wait for this one
         dist.destroy_process_group()
 
@@ -135,23 +134,8 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def shards_model(config: TrainConfig, processes: Processes) -> bool:
-    """Return True if each process of the run holds a shard of the model (fsdp, hsdp)."""
-    return processes.world_size > 1 and config.parallel != "ddp"
-
-
-def check_settings(config: TrainConfig, processes: Processes) -> None:
-    """Raise a `UserError` for settings that do not fit these processes."""
-    sharded, parallel = shards_model(config, processes), f"parallel={config.parallel!r}"
-    graphs = config.compile and config.compile_mode in MODES_WITH_GRAPHS
-    refused = {
-        f"clip_mode='agc' needs whole weights, but {parallel} shards them: use clip_mode='norm' or 'value', or "
-        "parallel='ddp'": sharded and config.clip_mode == "agc" and config.clip_grad,
-        f"compile_mode={config.compile_mode!r} records the addresses of weights, but {parallel} moves them: use "
-        "compile_mode='default', or parallel='ddp'": sharded and graphs,
-    }
-    for message, wrong in refused.items():
-        if wrong:
-            raise UserError(message)
+    """Return True if each process of the run holds a shard of the model (fsdp)."""
+    return processes.world_size > 1 and config.parallel == "fsdp"
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -166,34 +150,23 @@ def share_buffers(model: nn.Module, processes: Processes) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def shard(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Module:
+def shard(model: nn.Module, processes: Processes) -> None:
     """Shard a model's parameters by FSDP2, in place: each layer is a unit, the other parameters are another.
 
     Parameters are gathered and gradients reduced in fp32, so that losses match DDP; only autocast lowers precision.
     """
-    kind = processes.device.type
-    if config.parallel == "hsdp":
-        hosts, rest = divmod(processes.world_size, processes.local_world_size)
-        if rest:
-            raise UserError(
-                f"parallel='hsdp': {processes.world_size} processes are not a multiple of the "
-                f"{processes.local_world_size} on this host; start the same number on every host"
-            )
-        shape = (hosts, processes.local_world_size)
-        mesh = dist.init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = dist.init_device_mesh(kind, (processes.world_size,))
+    mesh = dist.init_device_mesh(processes.device.type, (processes.world_size,))
     # The warning concerns in-place operations on a layer's output; the models have none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def parallelize(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Module:
     """Return the module for training steps: the model, compiled if configured, and in DDP if not sharded.
 
-    `model` is on its device, and already sharded for fsdp and hsdp.
+    `model` is on its device, and already sharded for fsdp.
     """
     runner = model
     if config.compile and is_sharded(model):  # layer by layer, to keep FSDP's all-gather outside the graphs

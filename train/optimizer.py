@@ -5,7 +5,6 @@ import math
 import timm.optim.muon
 import torch
 from timm.optim import Lars, create_optimizer_v2, get_optimizer_info, list_optimizers
-from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -103,17 +102,9 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 
 def clip_gradients(model: nn.Module, limit: float, mode: str, norm: Tensor) -> None:
-    """Clip the gradients in place by `mode`: "norm", "value" or "agc" (except the classifier). 0 turns it off.
-
-    `norm` is `gradient_norm(model)`.
-    """
-    if not limit:
-        return
-    exempt = {id(p) for p in model.get_classifier().parameters()} if mode == "agc" else set()
-    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in exempt]
-    if mode == "norm":
+    """Clip the gradients in place by `mode`, "norm" or "value". 0 turns it off; `norm` is `gradient_norm(model)`."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if limit and mode == "norm":
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    elif mode == "value":
+    elif limit:
         torch.nn.utils.clip_grad_value_(parameters, limit)
-    else:
-        adaptive_clip_grad(parameters, limit)
