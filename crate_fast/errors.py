@@ -18,7 +18,6 @@ _EXTRA_OF = {  # import name of a package: the extra that installs it
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
     **dict.fromkeys(("starlette", "uvicorn"), "explore"),
     "datasets": "hf",
-    "wandb": "wandb",
 }
 
 

@@ -61,13 +61,11 @@ def _command(options: argparse.Namespace) -> None:
     if not results.keys() - {0}:
         raise UserError(f"{run}: none of the steps {chosen} can be read; first problem: {left_out[chosen[0]]}")
     epochs = {0: 0.0} | {step: checkpoint_epoch(run, step) for step in chosen if step in results}
-    known = None not in epochs.values()
     rows = [{"step": step, "epoch": epochs[step], **numbers} for step, numbers in results.items()]
     evaluation.write_table("table", rows, digits=2)
-    along = {epochs[step] if known else step: numbers for step, numbers in results.items()}
-    xlabel = "epoch" if known else "optimiser step"
-    curve_figure(curves({label: along}), xlabel, evaluation.figure("by_epoch"), from_zero=True, columns=3)
-    titles = [f"epoch {epochs[step]:g}" if known else f"step {step}" for step in results]
+    along = {epochs[step]: numbers for step, numbers in results.items()}
+    curve_figure(curves({label: along}), "epoch", evaluation.figure("by_epoch"), from_zero=True, columns=3)
+    titles = [f"epoch {epochs[step]:g}" for step in results]
     image_grid(list(zip(*columns, strict=True)), evaluation.figure("components"), column_titles=["image", *titles])
     notes = ["all numbers except counts are in %"]
     evaluation.finish({"rows": rows, "left_out": left_out}, {"layer": layer}, notes)

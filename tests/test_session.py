@@ -1,12 +1,10 @@
-"""EMA, learning rates, precision, logs, profiles, dry runs, and unreadable images of a run."""
+"""EMA, learning rates, precision, logs, dry runs, and unreadable images of a run."""
 
 import json
 import math
 import multiprocessing
-import sys
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -112,51 +110,21 @@ def test_runs_of_variants_end(words, tmp_path, capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """Folder of a run with EMA, profile and W&B, resumed after its end; the stand-ins of its two W&B runs."""
-    runs, folder = [], tmp_path_factory.mktemp("logged") / "run"
-    words = [*TINY, "--epochs", "3", "--eval-every", "2", "--ema-decay", "0.5", "--wandb", "crate"]
-
-    def init(**settings) -> Mock:
-        runs.append(Mock(settings=settings))
-        return runs[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-        assert pretrain.main([*words, "--output", str(folder), "--profile", "2"]) == 0
-        assert pretrain.main([*words, "--output", str(folder), "--resume"]) == 0
-    return folder, runs
+    """Folder of a run with EMA, resumed after its end."""
+    folder = tmp_path_factory.mktemp("logged") / "run"
+    words = [*TINY, "--epochs", "3", "--eval-every", "2", "--ema-decay", "0.5", "--output", str(folder)]
+    assert pretrain.main(words) == 0
+    assert pretrain.main([*words, "--resume"]) == 0
+    return folder
 
 
 def test_the_summary_has_the_last_evaluation(logged):
-    rows = [entry for entry in entries(logged[0]) if "val_loss" in entry]
+    rows = [entry for entry in entries(logged) if "val_loss" in entry]
     assert [row["step"] for row in rows] == [12, 18]
-    summary = json.loads((logged[0] / "summary.json").read_text())
+    summary = json.loads((logged / "summary.json").read_text())
     for name in ("val_accuracy", "val_loss", "ema_val_accuracy", "ema_val_loss"):
         assert rows[-1][name] == summary[name]
     assert summary["throughput"]["images_per_s_per_device"] > 0  # measured by the first session
-
-
-def test_weights_and_biases_gets_the_values_of_the_other_logs(logged):
-    folder, (first, second) = logged
-    assert (first.settings["project"], first.settings["config"]["dim"]) == ("crate", 32)
-    assert first.settings["id"] == second.settings["id"]
-    first.finish.assert_called_once()
-    seen = {(c.kwargs["step"], name): value for c in first.log.mock_calls for name, value in c.args[0].items()}
-    for entry in entries(folder):
-        assert all(seen[entry["step"], name] == value for name, value in entry.items() if name != "step")
-    assert (12, "sparsity/layer_01") in seen
-
-
-def test_without_the_package_of_weights_and_biases_there_is_an_error(tmp_path, monkeypatch, refuses):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    words = [*TINY, "--output", str(tmp_path / "run"), "--wandb", "crate"]
-    refuses("this needs the package wandb: pip install", pretrain.main, words)
-
-
-def test_the_profile_has_the_last_steps(logged):
-    events = json.loads((logged[0] / "profile" / "rank0.json").read_text())["traceEvents"]
-    steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep")}
-    assert steps == {"ProfilerStep#10", "ProfilerStep#11"}
 
 
 def test_a_dry_run_trains_two_steps_and_writes_nothing(tmp_path, capsys, monkeypatch):

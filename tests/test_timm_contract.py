@@ -16,9 +16,7 @@ from torch import nn
 from crate_fast import CRATE, CRATE_tiny
 from crate_fast.errors import UserError
 from crate_fast.layers import ISTA, MSSA, Layer, PreNorm
-from crate_fast.train import checkpoint
-from crate_fast.train.checkpoint import RunFolder
-from crate_fast.train.config import DROP_RATES, TrainConfig, load_recipe
+from crate_fast.train.config import DROP_RATES, TrainConfig
 from crate_fast.train.runs import build_model
 
 # with the sizes of `_pair`, every other name builds one of these or differs only in the patch
@@ -294,27 +292,3 @@ def test_the_settings_of_training_have_the_same_effect_on_crate_and_vit(model):
         first, *_, last = built.blocks
         found = first.attn.attn_drop.p, first.attn.proj_drop.p, built.pos_drop.p, last.drop_path1.drop_prob
     assert (built.embed_dim, built.num_classes, built.head_drop.p, *found) == (48, 7, 0.1, 0.2, 0.3, 0.4, 0.5)
-
-
-def test_dropout_of_an_older_run_keeps_its_meaning(tmp_path):
-    path = tmp_path / "config.yaml"
-    crate, vit = ("attn_drop_rate", "proj_drop_rate"), ("drop_rate",)
-    for model, names in {"crate_tiny_patch8_224": crate, "vit_tiny_patch16_224": vit}.items():
-        path.write_text(f"model: {model}\ndropout: 0.1\nepochs: 3\n")
-        config = TrainConfig(**load_recipe(str(path)))
-        assert config.epochs == 3
-        assert [getattr(config, name) for name in DROP_RATES] == [
-            0.1 if name in names else 0.0 for name in DROP_RATES
-        ]
-
-
-def test_an_older_run_can_be_resumed(tmp_path):
-    config = TrainConfig(attn_drop_rate=0.1, proj_drop_rate=0.1)
-    run = object.__new__(RunFolder)
-    run.config, run.folder, run.data_facts = config, tmp_path, {}
-    before = {name: value for name, value in vars(config).items() if name not in DROP_RATES}
-    manifest = {"format": checkpoint.FORMAT, "data": {}, "config": before | {"dropout": 0.1, "cuda_graphs": False}}
-    run._check_same_run(manifest)
-    manifest["config"]["dropout"] = 0.2
-    with pytest.raises(checkpoint.CheckpointError, match="attn_drop_rate: 0.2 → 0.1, proj_drop_rate: 0.2 → 0.1"):
-        run._check_same_run(manifest)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import pickle
-import secrets
 import shutil
 import socket
 import warnings
@@ -27,14 +26,13 @@ from torch import Tensor
 
 from crate_fast.env import provenance
 from crate_fast.errors import UserError
-from crate_fast.train.config import TrainConfig, dump_config, renamed_settings
+from crate_fast.train.config import TrainConfig, dump_config
 from crate_fast.train.distributed import Processes
 from crate_fast.train.faults import DiskError, NonFiniteError, poisoned, writing
 from crate_fast.weight_files import describe_file
 
 WEIGHTS, EMA, TRAINING, MANIFEST = "model.safetensors", "ema.safetensors", "training.pt", "manifest.json"
 BEST = "best.json"
-FORMAT = 2  # version of training.pt and the manifest; other versions cannot be resumed
 
 
 class CheckpointError(UserError):
@@ -112,7 +110,7 @@ def save(
                 )
             torch.save(training, temporary / TRAINING)
             files = {name: _fingerprint(temporary / name) for name in (*states, TRAINING)}
-            content = {"step": step, "format": FORMAT, "files": files, **facts}
+            content = {"step": step, "files": files, **facts}
             (temporary / MANIFEST).write_text(json.dumps(content, indent=2))
             for name in (*files, MANIFEST, "."):
                 _flush(temporary / name)
@@ -228,9 +226,8 @@ def rotate(root: Path, keep: int) -> None:
 # Settings that a resumed run may change: how and where it computes, and what it keeps. As with another world size,
 # rounding and the random numbers of a micro-batch may differ.
 FREE_SETTINGS = (
-    *("data_dir", "download", "workers", "threads", "checkpoint_every", "keep_checkpoints", "log_every", "profile"),
-    *("wandb", "parallel", "accumulate", "device", "grad_checkpointing", "max_unreadable"),
-    "nonfinite_limit",
+    *("data_dir", "download", "workers", "threads", "checkpoint_every", "keep_checkpoints", "log_every"),
+    *("parallel", "accumulate", "device", "grad_checkpointing", "max_unreadable", "nonfinite_limit"),
 )
 _LOCK_SECONDS = 120.0
 
@@ -304,7 +301,6 @@ class RunFolder:
         self.checkpoints = folder / "checkpoints"
         self.history: list[dict] = []  # the entries of metrics.jsonl
         self.board = None  # TensorBoard's writer
-        self.online = None  # the run at Weights & Biases
         self.saved: int | None = None  # the step of the last checkpoint
         self.lock = RunLock(folder)
 
@@ -347,7 +343,6 @@ class RunFolder:
                 lines = [json.dumps(entry) + "\n" for entry in self.history]
                 write_text(self.folder / "metrics.jsonl", "".join(lines))
                 self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=(step or 0) + 1)
-            self.online = _wandb_run(self.folder, self.config) if self.config.wandb else None
         self.processes.wait()
         return saved
 
@@ -359,13 +354,7 @@ class RunFolder:
         return [entry for entry in entries if entry["step"] <= step]
 
     def _check_same_run(self, manifest: dict) -> None:
-        if manifest.get("format") != FORMAT:
-            raise CheckpointError(
-                f"the checkpoint in {self.folder} was written by another version of crate_fast "
-                f"({manifest.get('crate_fast', 'unknown')}): resume with that version, or start a new run from its "
-                "weights (--init) in another --output"
-            )
-        saved = renamed_settings(manifest["config"]) | manifest["data"]
+        saved = manifest["config"] | manifest["data"]
         present = vars(self.config) | self.data_facts
         pairs = [(name, saved.get(name), present.get(name)) for name in sorted(saved.keys() | present.keys())]
         differing = [pair for pair in pairs if pair[0] not in FREE_SETTINGS and pair[1] != pair[2]]
@@ -391,11 +380,9 @@ class RunFolder:
             self.add_scalars(step, values)
 
     def add_scalars(self, step: int, values: dict[str, float]) -> None:
-        """Log numbers to TensorBoard and Weights & Biases only; call it on rank 0."""
+        """Log numbers to TensorBoard only; call it on rank 0."""
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
-        if self.online is not None:
-            self.online.log(values, step=step)
 
     def save(self, step: int, epoch: float, weights: dict, ema: dict | None, training: dict) -> None:
         """Write a checkpoint and delete old ones. All processes must call it.
@@ -434,16 +421,4 @@ class RunFolder:
         if self.board is not None:
             with writing(self.folder):
                 self.board.close()
-        if self.online is not None:
-            self.online.finish()
         self.lock.release()
-
-
-def _wandb_run(folder: Path, config: TrainConfig):
-    import wandb
-
-    id_file = folder / "wandb_id"  # lets a resumed run continue its W&B run
-    if not id_file.is_file():
-        write_text(id_file, secrets.token_hex(8))
-    names = {"project": config.wandb, "name": folder.name, "id": id_file.read_text(), "dir": str(folder)}
-    return wandb.init(**names, resume="allow", config=vars(config))

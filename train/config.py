@@ -238,10 +238,6 @@ class TrainConfig:
     nonfinite_limit: Count = 10
     """Consecutive steps with a non-finite loss or gradient before the run stops. Each such step is skipped and
     counted."""
-    profile: Natural = 0
-    """Steps to profile, after the first ten of this session; the trace is written to profile/. 0 turns it off."""
-    wandb: str = ""
-    """Weights & Biases project to log to; off when empty."""
 
     def __post_init__(self):
         for name, annotation in {field.name: field.type for field in dataclasses.fields(self)}.items():
@@ -279,21 +275,6 @@ class TrainConfig:
         """Peak learning rate after `lr_scaling`."""
         ratio = self.batch_size / self.lr_base_batch
         return self.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.lr_scaling]
-
-
-def renamed_settings(values: dict) -> dict:
-    """Convert settings of an older version to the current names, with the same meaning.
-
-    The old `dropout` acted on attention weights and outputs in CRATE, and before the classifier in timm models.
-    The old `cuda_graphs` changed only the speed, and `init_grid` the reading of `init`.
-    """
-    values = {name: value for name, value in values.items() if name not in ("cuda_graphs", "init_grid")}
-    if "dropout" not in values:
-        return values
-    ours = str(values.get("model", TrainConfig.model)).startswith("crate_")
-    affected = ("attn_drop_rate", "proj_drop_rate") if ours else ("drop_rate",)
-    rates = {name: values["dropout"] if name in affected else 0.0 for name in DROP_RATES}
-    return rates | {name: value for name, value in values.items() if name != "dropout"}
 
 
 # --- from a recipe and the command line
@@ -353,7 +334,7 @@ def load_recipe(name: str) -> dict:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")
-    return _checked(renamed_settings(values), str(path))
+    return _checked(values, str(path))
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Reports of a run: profile, layer statistics at each evaluation, and final figures, curves and summary.json."""
+"""Reports of a run: layer statistics at each evaluation, and final figures, curves and summary.json."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import json
 import statistics
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import profile, schedule
 from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
@@ -21,7 +19,6 @@ from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_g
 from crate_fast.eval.common.segmentation import NoObjectsError, mask_to_grid, score_attention, scores_table
 from crate_fast.train import checkpoint
 from crate_fast.train.data import eval_loader, readable
-from crate_fast.train.distributed import Processes
 from crate_fast.train.reconstruction import RATIOS, reconstruction_figure, reconstructions
 from crate_fast.whitebox import attention_layer, layer_statistics, trace
 
@@ -29,30 +26,6 @@ if TYPE_CHECKING:
     from crate_fast.train.trainer import Trainer
 
 SHOWN_IMAGES, WHITEBOX_IMAGES = 8, 64
-_BEFORE_PROFILE = 10  # steps in which compilation, caches and clocks settle
-
-
-def profiler(folder: Path, steps: int, left: int, processes: Processes):
-    """Return PyTorch's profiler as a context, active after ten steps; call its `step()` after each step.
-
-    It writes `steps` steps to `folder`/rank0.json, …, for chrome://tracing or Perfetto. With 0 steps it records
-    nothing. It warns if the `left` remaining steps of the run are too few.
-    """
-    if not steps:
-        return nullcontext()
-    if left < _BEFORE_PROFILE + steps:
-        warnings.warn(
-            f"profile={steps} records steps {_BEFORE_PROFILE + 1} to {_BEFORE_PROFILE + steps} of a session, but "
-            f"{left} are left: the trace will be {'short' if left > _BEFORE_PROFILE else 'missing'}",
-            stacklevel=2,
-        )
-
-    def write(finished: profile) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        finished.export_chrome_trace(str(folder / f"rank{processes.rank}.json"))
-
-    window = schedule(wait=_BEFORE_PROFILE - 2, warmup=2, active=steps, repeat=1)
-    return profile(schedule=window, on_trace_ready=write)  # of all activities that PyTorch supports here
 
 
 # --- at each evaluation

@@ -96,9 +96,9 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return steps
 
 
-def checkpoint_epoch(folder: Path, step: int) -> float | None:
-    """Return the epochs trained until a checkpoint; None if an older version did not record them."""
-    return checkpoint.manifest(folder / "checkpoints", step).get("epoch")
+def checkpoint_epoch(folder: Path, step: int) -> float:
+    """Return the epochs trained until a checkpoint."""
+    return checkpoint.manifest(folder / "checkpoints", step)["epoch"]
 
 
 def run_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor], int]:

@@ -27,7 +27,7 @@ from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.transforms import STATISTICS
 from crate_fast.train.runs import load_model, model_arguments
 
-_MACHINE_SETTINGS = ("data_dir", "init", "device", "threads", "workers", "wandb", "download")
+_MACHINE_SETTINGS = ("data_dir", "init", "device", "threads", "workers", "download")
 
 
 def _card(name: str, facts: dict, results: list[str], config: TrainConfig, license_name: str) -> str:

@@ -1,7 +1,7 @@
 """Training, from settings to a finished run. `Trainer.train` is the loop.
 
 Files of a run: config.yaml metrics.jsonl summary.json attention.png curves.png reconstruction.png unreadable.txt
-checkpoints/ tensorboard/ profile/ wandb_id
+checkpoints/ tensorboard/
 """
 
 import argparse
@@ -42,7 +42,7 @@ from crate_fast.train.distributed import Processes, process_group
 from crate_fast.train.faults import Interruption, NonFinite, UnreadableTally, diagnosis
 from crate_fast.train.objective import objective_for
 from crate_fast.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate
-from crate_fast.train.report import log_layers, print_summary, profiler, scores_line, write_report
+from crate_fast.train.report import log_layers, print_summary, scores_line, write_report
 from crate_fast.train.runs import build_model, load_initial
 
 DRY_RUN_STEPS = 2
@@ -167,8 +167,7 @@ class Trainer:
         loader = train_loader(config, self.data.train, first_step=self.step, **self.shares)
         # before the first step: this draws from the generator that each step seeds
         batches = iter(loader if left else ())
-        profile = profiler(self.run.folder / "profile", config.profile, left, self.processes)
-        with self._progress_bar() as bar, profile:
+        with self._progress_bar() as bar:
             while True:
                 # evaluate() saves before it scores, so in a resumed run the evaluation may still be due
                 if self.evaluation_due() and not self.run.evaluated(self.step) and not self.evaluate():
@@ -178,9 +177,6 @@ class Trainer:
 
                 result = self.train_step(batches)
                 bar.update(config.batch_size)
-                if config.profile:
-                    profile.step()
-
                 if self.step % config.log_every == 0 or self.evaluation_due():
                     bar.set_postfix(self.log())
                 if result.stop or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
@@ -442,10 +438,8 @@ def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Proc
             shutil.rmtree(folder)
     if processes.first:
         on_gpu = processes.device.type == "cuda"
-        peak = (
-            torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        )
-        print(
-            f"dry run: {trainer.step} steps, the last at {trainer.speeds[-1]:,.1f} images/s; a checkpoint was read back"
-        )
+        rss = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = torch.cuda.max_memory_allocated() if on_gpu else rss
+        rate = trainer.speeds[-1]
+        print(f"dry run: {trainer.step} steps, the last at {rate:,.1f} images/s; a checkpoint was saved and loaded")
         print(f"peak memory of this process{' on the GPU' if on_gpu else ''}: {peak / 2**20:,.0f} MiB")
