@@ -8,16 +8,17 @@ reconstructed images. Labels are not used. The encoder can then be fine-tuned by
 import sys
 
 from crate_fast.errors import UserError
-from crate_fast.train.config import train_command
+from crate_fast.train.config import TrainConfig, train_command
 
 
 def _autoencoder(values: dict, chosen: dict) -> dict:
     from crate_fast.registry import is_mae  # imports torch: after command-line errors
 
     settings = values | chosen
-    if not is_mae(settings.get("model", "")):
+    model = settings.get("model", TrainConfig.model)
+    if not is_mae(model):
         raise UserError(
-            f"model={settings.get('model')!r} is not a masked autoencoder: choose one, such as "
+            f"model={model!r} is not a masked autoencoder: choose one, such as "
             "crate_mae_tiny_patch16_224, or use pretrain"
         )
     return settings
