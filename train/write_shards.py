@@ -4,13 +4,13 @@
     torchrun train/pretrain.py --dataset shards --data-dir SHARDS --val-split val …
 
 Images with a shorter side above `--shorter-side` are downscaled and written as JPEG; smaller JPEG, PNG and WebP
-images keep their bytes. Corrupt images are left out and listed at the end.
+images keep their bytes. Corrupt images are left out and listed at the end. The output appears when it is complete.
 """
 
 import argparse
 import io
 import multiprocessing
-import os
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -50,7 +50,7 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-_job: tuple = ()  # source, split, options: sent to each worker once, because the index may be large
+_job: tuple = ()  # source, path without number, options: sent to each worker once, because the index may be large
 
 
 def _init_worker(*job) -> None:
@@ -59,11 +59,9 @@ def _init_worker(*job) -> None:
 
 
 def _write_shard(number: int) -> list[str]:
-    source, split, options = _job
-    path = options.output / f"{split}-{number:05d}.tar"
-    partial_path = path.with_suffix(".tar.partial")
+    source, path, options = _job
     problems = []
-    with tarfile.open(partial_path, "w") as archive:
+    with tarfile.open(f"{path}-{number:05d}.tar", "w") as archive:
         for index in range(number * options.per_shard, min((number + 1) * options.per_shard, len(source))):
             try:
                 file, label = source.open(index)
@@ -74,28 +72,25 @@ def _write_shard(number: int) -> list[str]:
                 continue
             _add(archive, f"{index:09d}.{suffix}", content)
             _add(archive, f"{index:09d}.cls", str(label).encode())
-    os.replace(partial_path, path)
     return problems
 
 
-def _write_split(source: Source, split: str, options: argparse.Namespace) -> list[str]:
+def _write_split(source: Source, path: Path, options: argparse.Namespace) -> list[str]:
     numbers = range(-(-len(source) // options.per_shard))
-    processes, job = min(options.workers, len(numbers)), (source, split, options)
+    processes, job = min(options.workers, len(numbers)), (source, path, options)
     with multiprocessing.get_context("spawn").Pool(processes, _init_worker, job) as pool:
-        done = tqdm(pool.imap(_write_shard, numbers), total=len(numbers), unit="shard", desc=split)
+        done = tqdm(pool.imap(_write_shard, numbers), total=len(numbers), unit="shard", desc=path.name)
         problems = [line for problems in done for line in problems]
     if len(problems) == len(source):
-        raise UserError(f"none of the {len(problems)} images of {split} can be read; the first error: {problems[0]}")
+        raise UserError(
+            f"none of the {len(problems)} images of {path.name} can be read; the first error: {problems[0]}"
+        )
     return problems
 
 
 def _write(options: argparse.Namespace) -> None:
-    if options.quality > 100:
-        raise UserError(f"--quality {options.quality}: it must be at most 100; the default is 95")
-    if options.output.is_dir() and any(options.output.glob("*.tar")):
-        raise UserError(f"--output {options.output} already holds archives: pass another folder, or empty it")
-    if options.output.exists() and not options.output.is_dir():
-        raise UserError(f"--output {options.output} is a file: pass a folder")
+    if options.output.exists():
+        raise UserError(f"--output {options.output} exists already: pass a new folder")
     for split in (options.train_split, options.val_split):
         if "/" in split:
             raise UserError(f"split {split!r}: names of shards cannot contain /; move that part to --data-dir")
@@ -104,10 +99,13 @@ def _write(options: argparse.Namespace) -> None:
     train, val = open_source(config, train=True), open_source(config, train=False)
     class_lines = "".join(f"{name}\n" for name in common_classes(train, val))
     problems = []
-    options.output.mkdir(parents=True, exist_ok=True)
+    partial = options.output.with_name(f".{options.output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed command
+    partial.mkdir(parents=True)
     for split, source in {config.train_split: train, config.val_split: val}.items():
-        problems += _write_split(source, split, options)
-    (options.output / "classes.txt").write_bytes(class_lines.encode("utf-8", "replace"))
+        problems += _write_split(source, partial / split, options)
+    (partial / "classes.txt").write_bytes(class_lines.encode("utf-8", "replace"))
+    partial.rename(options.output)
     print(f"written: {options.output}; unreadable images left out: {len(problems)}")
     print("".join(f"  {line}\n" for line in problems), end="")
 
@@ -119,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", required=True, help="folder of the data set")
     parser.add_argument("--train-split", default="train", help="name of the training split")
     parser.add_argument("--val-split", default="validation", help="name of the validation split")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the shards; it must not hold archives")
+    parser.add_argument("--output", type=Path, required=True, help="new folder for the shards")
     parser.add_argument("--shorter-side", type=positive, default=256, help="largest shorter side in pixels")
     parser.add_argument("--quality", type=positive, default=95, help="JPEG quality of downscaled images")
     parser.add_argument("--per-shard", type=positive, default=5_000, help="images per shard")
