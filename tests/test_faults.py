@@ -115,7 +115,7 @@ def test_torchrun_restarts_a_killed_process_and_its_sigterm_saves(tmp_path):
     """Two processes: the run resumes by itself, stops at a signal, and ends in the state of an undisturbed run."""
     pair, folder = tmp_path / "pair", tmp_path / "run"
     words = (*EVERYTHING, "--epochs", "3")
-    process = start("--output", str(folder), *words, processes=2, restarts=2)
+    process = start("--output", str(folder), *words, "--resume", processes=2, restarts=2)
     wait_until(lambda: checkpoint.newest(folder / "checkpoints"), process)
     agent = process.processes[0].pid
     os.kill(children(agent)[-1], signal.SIGKILL)
@@ -129,30 +129,6 @@ def test_torchrun_restarts_a_killed_process_and_its_sigterm_saves(tmp_path):
     run("--output", str(folder), *words, "--resume", processes=2)
     run("--output", str(pair), *words, processes=2)
     assert all(compare(pair, folder).values())
-
-
-def test_a_restart_continues_only_a_run_of_the_same_torchrun(whole, tmp_path, monkeypatch, refuses):
-    folder = back_to(whole, 12, tmp_path / "run")
-    (folder / ".owner").write_text(json.dumps({"launcher": "another"}))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    words = [*TINY, "--output", str(folder), *EVERYTHING]
-    refuses("holds a run at step 12: pass --resume to continue it", pretrain.main, words)
-    assert pretrain.main([*words, "--resume"]) == 0  # signs the folder
-    assert pretrain.main(words) == 0
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
-    refuses("holds a run at step 12: pass --resume to continue it", pretrain.main, words)
-
-
-def test_a_restart_on_another_host_is_recognised_by_the_rendezvous(tmp_path, monkeypatch):
-    lock = RunLock(tmp_path)
-    for hosts, name, ours in (("2", "job7", True), ("2", "none", False), ("1", "job7", False)):
-        monkeypatch.setenv("GROUP_WORLD_SIZE", hosts)
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
-        lock.sign()
-        assert lock.ours()
-        with monkeypatch.context() as patch:
-            patch.setattr("socket.gethostname", lambda: "elsewhere")
-            assert lock.ours() == ours
 
 
 def test_only_one_run_at_a_time_writes_a_folder(tmp_path, refuses):
@@ -169,9 +145,11 @@ def test_only_one_run_at_a_time_writes_a_folder(tmp_path, refuses):
     first.communicate()
 
 
-def test_restarts_need_a_folder(monkeypatch, refuses):
+def test_a_run_is_continued_only_on_request(whole, monkeypatch, refuses):
+    words = [*TINY, "--output", str(whole), *EVERYTHING]
+    refuses("holds a run at step 12: pass --resume to continue it", pretrain.main, words)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    refuses("needs a fixed folder to resume from: pass --output FOLDER", pretrain.main, TINY)
+    refuses("needs a run to continue: pass --output FOLDER --resume", pretrain.main, words)
 
 
 def test_a_full_disk_stops_all_processes_and_the_last_checkpoint_stays_whole(tmp_path, request):

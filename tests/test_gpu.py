@@ -123,7 +123,7 @@ def test_a_compiled_training_run_ends(script, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_run_with_all_options_on_can_be_resumed(tmp_path, precision):
     words = "--train-samples 256 --val-samples 64 --epochs 2 --batch-size 64 --dim 64 --device cuda --mixup 0.5 "
-    words += "--cutmix 1 --random-erasing 0.5 --hflip 0.5 --repeats 2 --accumulate 2 --channels-last "
+    words += "--cutmix 1 --random-erasing 0.5 --hflip 0.5 --repeats 2 --accumulate 2 "
     words += f"--precision {precision} --ema-decay 0.9 --checkpoint-every 1 --keep-checkpoints 9 --log-every 1"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):

@@ -44,13 +44,6 @@ def test_learning_rates_scale_with_the_batch():
         assert learning_rate(config, 10, 10) == pytest.approx(0.5e-3 * factor)
 
 
-def test_channels_last_does_not_change_the_loss():
-    plain, other = trainer(), trainer(channels_last=True)
-    assert other.prepare_images(batches(other)[0].images).is_contiguous(memory_format=torch.channels_last)
-    for first, second in zip(steps(plain, 3), steps(other, 3), strict=True):
-        assert first.measures["loss"] == pytest.approx(second.measures["loss"], rel=1e-5)
-
-
 def test_a_run_compiles_with_the_given_mode(monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "compile", lambda model, mode: seen.append(mode) or model)

@@ -251,46 +251,22 @@ class RunLock:
         try:
             self._lock.acquire(timeout=patience)
         except filelock.Timeout as error:
-            owner = self._read()
+            owner = self.owner.read_text() if self.owner.is_file() else "unknown"
             raise CheckpointError(
-                f"{self.folder} is being written by another run (process {owner.get('process', 'unknown')} on "
-                f"{owner.get('host', 'another host')}): stop it first, or pass another --output. If torchrun "
-                "itself was killed, its processes may still be running"
+                f"{self.folder} is being written by another run ({owner}): stop it first, or pass another --output. "
+                "If torchrun itself was killed, its processes may still be running"
             ) from error
         except (OSError, NotImplementedError) as error:  # some clusters mount file systems without locks
             warnings.warn(
                 f"{self.folder / '.lock'} cannot be locked ({error}): make sure that only one run writes there",
                 stacklevel=2,
             )
-
-    def ours(self) -> bool:
-        """Return True if the last run in the folder was started by the same torchrun as this process."""
-        return self._read().get("launcher") == _launcher()
-
-    def sign(self) -> None:
-        """Record this process as the owner of the lock."""
-        owner = {"host": socket.gethostname(), "process": os.getpid(), "launcher": _launcher()}
         with writing(self.folder):
-            write_text(self.owner, json.dumps(owner))
+            write_text(self.owner, f"process {os.getpid()} on {socket.gethostname()}")
 
     def release(self) -> None:
         """Release the lock, if it is held."""
         self._lock.release()
-
-    def _read(self) -> dict:
-        try:
-            return json.loads(self.owner.read_text())
-        except (OSError, ValueError):  # no owner recorded yet
-            return {}
-
-
-def _launcher() -> str:
-    """Return a name of the torchrun that started this process; it stays the same over restarts.
-
-    On several hosts rank 0 may move to another host at a restart, so the name is `--rdzv-id`, if given.
-    """
-    name, hosts = os.environ.get("TORCHELASTIC_RUN_ID", "none"), int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    return name if hosts > 1 and name != "none" else f"{name} {socket.gethostname()} {os.getppid()}"
 
 
 class RunFolder:
@@ -304,21 +280,19 @@ class RunFolder:
         self.saved: int | None = None  # the step of the last checkpoint
         self.lock = RunLock(folder)
 
-    def begin(self, resume: bool, restarted: bool = False) -> Checkpoint | None:
+    def begin(self, resume: bool) -> Checkpoint | None:
         """Open the folder; return the newest checkpoint if there is a run to continue, None for a new run.
-
-        `restarted` is True if torchrun restarted this process; a run of this torchrun then continues by itself.
 
         Raises:
             UserError: The folder holds a run, and `resume` is False or the run cannot be resumed.
         """
         if self.processes.first:
+            restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
             self.lock.acquire(patience=_LOCK_SECONDS if restarted else 0.0)
-            resume = resume or (restarted and self.lock.ours())
             if resume:
                 with writing(self.folder):
                     sweep(self.checkpoints)
-        resume = self.processes.agree(resume)
+        self.processes.wait()  # until rank 0 has the lock: the run before may still save
         step = newest(self.checkpoints)
         if self.processes.agree(step) != step:
             raise CheckpointError(
@@ -337,7 +311,6 @@ class RunFolder:
         if self.processes.first:
             from torch.utils.tensorboard import SummaryWriter  # slow, and evaluations import this module
 
-            self.lock.sign()
             with writing(self.folder):
                 write_text(self.folder / "config.yaml", dump_config(self.config))
                 lines = [json.dumps(entry) + "\n" for entry in self.history]

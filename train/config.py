@@ -91,8 +91,6 @@ class TrainConfig:
     cutmix: Amount = 0.0
     """α of CutMix, which pastes a rectangle of one image into another; 0 turns it off. If mixup is on too, each
     batch uses one of the two."""
-    mixup_prob: Share = 1.0
-    """Probability that mixup or CutMix is applied to a micro-batch."""
     mean: Literal["imagenet", "cifar10", "half"] = "imagenet"
     """Pixel normalisation: imagenet, cifar10 or half (mean and standard deviation 0.5)."""
     max_unreadable: Share = 0.01
@@ -217,8 +215,6 @@ class TrainConfig:
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """Mode of torch.compile: default; reduce-overhead or max-autotune, which use CUDA graphs; max-autotune-no-
     cudagraphs."""
-    channels_last: bool = False
-    """Use the channels_last memory format, for models with a convolutional patch embedding."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Parallelism. ddp: each process holds the whole model; fsdp: FSDP2, each process holds a shard."""
     grad_checkpointing: bool = False
@@ -416,8 +412,8 @@ def train_command(
         config, options = build_config(argv, description, recipe, prog=f"crate-fast {name}", adjust=adjust)
         if options.output is None and options.resume:
             raise UserError("--resume needs the folder of the run to continue: pass --output FOLDER")
-        if options.output is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-            raise UserError("torchrun --max-restarts needs a fixed folder to resume from: pass --output FOLDER")
+        if not options.resume and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+            raise UserError("torchrun --max-restarts needs a run to continue: pass --output FOLDER --resume")
         from crate_fast.train.trainer import launch  # imports torch, which is slow: after command-line errors
 
         return launch(config, options)

@@ -72,7 +72,7 @@ class Classification(Objective):
                     "batch_size an even multiple of processes × accumulate"
                 )
             smoothing = {"label_smoothing": config.label_smoothing, "num_classes": model.num_classes}
-            self.mix = Mixup(config.mixup, config.cutmix, prob=config.mixup_prob, **smoothing)
+            self.mix = Mixup(config.mixup, config.cutmix, **smoothing)
 
     def inputs(self, images, labels, step, part):
         """Return images, targets (labels, or a smoothed mixture of them, [B, classes]) and labels."""

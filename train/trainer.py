@@ -7,7 +7,6 @@ checkpoints/ tensorboard/
 import argparse
 import itertools
 import math
-import os
 import resource
 import shutil
 import sys
@@ -55,7 +54,6 @@ _SMALLEST_SCALE = 1.0  # fp16 loss scale; an overflow at this or a smaller scale
 def launch(config: TrainConfig, options: argparse.Namespace) -> int:
     """Start or resume a run and train it to the end or until a signal arrives; return the exit status."""
     began = time.perf_counter()
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     # Until the process group exists there is nothing to save: a signal ends the process, as torchrun expects.
     with process_group(config.device, config.threads) as processes, Interruption() as interruption:
         name = f"runs/{Path(options.recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -69,7 +67,7 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
             dry_run(config, folder, data, processes)
             return 0
         with closing(Trainer(config, folder, data, processes, interruption)) as trainer:
-            trainer.begin(options.resume, restarted)
+            trainer.begin(options.resume)
             if trainer.train():
                 trainer.finish(time.perf_counter() - began)
             elif processes.first:
@@ -112,8 +110,6 @@ class Trainer:
         if config.init and checkpoint.newest(folder / "checkpoints") is None:
             self.started_from = load_initial(model, config)
         sharded = distributed.shards_model(config, processes)
-        if config.channels_last and not sharded:  # FSDP needs contiguous weights
-            model = model.to(memory_format=torch.channels_last)
         self.model = model.to(self.device)
         self.objective = objective_for(self.model, config, processes)
         self.normalize = Normalize(config.mean).to(self.device)
@@ -142,9 +138,9 @@ class Trainer:
         self.sums, self.taken, self.seconds = Counter(), 0, []
         self.speeds: list[float] = []  # images/s of all processes, one per log entry
 
-    def begin(self, resume: bool, restarted: bool = False) -> None:
+    def begin(self, resume: bool) -> None:
         """Start a new run or continue from the newest checkpoint (see `RunFolder.begin`); print which."""
-        saved = self.run.begin(resume, restarted)
+        saved = self.run.begin(resume)
         if saved is not None:
             self.restore(*saved[:3])
         if self.processes.first:
@@ -253,8 +249,7 @@ class Trainer:
         images = images.to(self.device, non_blocking=True)
         if flips is not None:
             images = mirrored(images, flips.to(self.device, non_blocking=True))
-        images = self.normalize(images)
-        return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
+        return self.normalize(images)
 
     def _skip_step(self, loss: float, norm: float, bad_loss: bool, batch: Batch) -> None:
         """Count a non-finite step. An fp16 overflow only lowers the loss scale."""

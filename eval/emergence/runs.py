@@ -140,7 +140,6 @@ def run_experiment(
 def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     lock = RunLock(folder)
     lock.acquire(patience)
-    lock.sign()
     try:
         yield
     finally:
