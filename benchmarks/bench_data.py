@@ -26,10 +26,10 @@ from PIL import Image
 
 from crate_fast.train import write_shards
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Normalize, build_splits, mirrored, open_source, train_loader
 from crate_fast.train.data.image_files import read_image
+from crate_fast.train.data.loader import build_splits, open_source, train_loader
 from crate_fast.train.data.shape_scenes import ShapeScenes
-from crate_fast.train.data.transforms import train_transform
+from crate_fast.train.data.transforms import Normalize, mirrored, train_transform
 
 GOAL = 12_000  # images/s for one H200
 POLICIES = ("rand-m9-n2-mstd0.5", "randaugment-n2-m14")

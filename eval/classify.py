@@ -25,7 +25,7 @@ from crate_fast.eval.common.images import Sample, batches
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.options import main_of
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import DataSplits, plain_splits
+from crate_fast.train.data.loader import DataSplits, plain_splits
 
 PROTOCOLS = ("head", "knn", "linear")
 KS = (10, 20, 100, 200)  # numbers of neighbours

@@ -26,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from crate_fast.train import report
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Batch, DataSplits
+from crate_fast.train.data.loader import Batch, DataSplits
 from crate_fast.train.distributed import Processes
 from crate_fast.train.faults import Interruption
 from crate_fast.train.trainer import StepResult, Trainer

@@ -13,7 +13,7 @@ from PIL import Image
 from crate_fast.eval import classify
 from crate_fast.eval.classify import LabelledImages, knn_predictions, linear_probe, pooled
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import plain_splits
+from crate_fast.train.data.loader import plain_splits
 
 WORDS = "ours=crate_tiny_patch8_224@untrained --model-args depth=2 dim=32 heads=2 img_size=32 num_classes=3"
 WORDS += " --dataset folder --val-split val"

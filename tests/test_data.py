@@ -15,8 +15,16 @@ from torchvision.transforms import PILToTensor
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Normalize, build_splits, drawing_from, eval_loader, mirrored, train_loader
-from crate_fast.train.data.transforms import eval_transform, pixels, policy_transform, train_transform
+from crate_fast.train.data.loader import build_splits, eval_loader, train_loader
+from crate_fast.train.data.transforms import (
+    Normalize,
+    drawing_from,
+    eval_transform,
+    mirrored,
+    pixels,
+    policy_transform,
+    train_transform,
+)
 from crate_fast.train.faults import UnreadableTally
 
 SCENES = TrainConfig(train_samples=40, val_samples=11, batch_size=8, epochs=2, image_size=32, workers=0, hflip=0.5)

@@ -27,7 +27,7 @@ from crate_fast.eval.emergence.data import PhotographData, prepare_photographs
 from crate_fast.eval.emergence.protocol import MODELS, SIZES, Protocol, Run, settings_table
 from crate_fast.eval.emergence.results import Results, at_accuracy, at_checkpoint, held_out_accuracies
 from crate_fast.eval.emergence.runs import Folders, Job, Resources, train_and_score
-from crate_fast.train.data import build_splits
+from crate_fast.train.data.loader import build_splits
 from crate_fast.train.faults import Interruption, NonFiniteError
 from crate_fast.train.runs import run_config
 from crate_fast.train.trainer import Trainer

@@ -16,7 +16,7 @@ from crate_fast.eval.common.features import extractor_for
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.explore.inspection import OpenModel
 from crate_fast.settings import require_browser
-from crate_fast.train.data import Normalize
+from crate_fast.train.data.transforms import Normalize
 
 if not require_browser():
     pytest.importorskip("playwright")

@@ -15,7 +15,7 @@ from crate_fast.eval.common.images import batches, open_images
 from crate_fast.eval.common.models import open_model
 from crate_fast.mae import encoder_state_dict, sincos_positions
 from crate_fast.train import finetune, pretrain, pretrain_mae
-from crate_fast.train.data import build_splits, eval_loader
+from crate_fast.train.data.loader import build_splits, eval_loader
 from crate_fast.train.faults import diagnosis
 from crate_fast.train.objective import Reconstruction, objective_for
 from crate_fast.train.reconstruction import reconstructions

@@ -18,7 +18,7 @@ from PIL import Image
 
 from crate_fast.errors import UserError
 from crate_fast.train import write_shards
-from crate_fast.train.data import build_splits, eval_loader
+from crate_fast.train.data.loader import build_splits, eval_loader
 from crate_fast.train.data.shards import ShardSource, find_shards
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import build_splits, eval_loader, open_source, readable, train_loader
 from crate_fast.train.data.image_files import EXTENSIONS, Unreadable
+from crate_fast.train.data.loader import build_splits, eval_loader, open_source, readable, train_loader
 from crate_fast.train.data.sources import TorchvisionSource, common_classes, nothing_outside
 
 CORRUPT = {1, 4, 9}  # of the twelve images of a split: cut, no image, empty

@@ -21,8 +21,7 @@ from crate_fast import CRATEMAE
 from crate_fast.errors import UserError
 from crate_fast.kernels import assuming_gpu
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import build_splits
-from crate_fast.train.data.loader import check_batch
+from crate_fast.train.data.loader import build_splits, check_batch
 from crate_fast.train.distributed import layers_of
 from crate_fast.train.optimizer import build_optimizer
 from crate_fast.train.runs import build_model

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from crate_fast import CRATEMAE
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Batch, drawing_from, mixed_seed
+from crate_fast.train.data.loader import Batch
+from crate_fast.train.data.transforms import drawing_from, mixed_seed
 from crate_fast.train.distributed import Processes
 from crate_fast.train.reconstruction import image_noise
 

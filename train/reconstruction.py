@@ -9,7 +9,7 @@ from torch import Tensor
 
 from crate_fast import CRATEMAE
 from crate_fast.eval.common.figures import Picture, image_grid
-from crate_fast.train.data import Normalize
+from crate_fast.train.data.transforms import Normalize
 
 RATIOS = (0.5, 0.75, 0.9)
 _GREY = 128

@@ -18,7 +18,7 @@ from crate_fast import CRATE, CRATEMAE
 from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid
 from crate_fast.eval.common.segmentation import NoObjectsError, mask_to_grid, score_attention, scores_table
 from crate_fast.train import checkpoint
-from crate_fast.train.data import eval_loader, readable
+from crate_fast.train.data.loader import eval_loader, readable
 from crate_fast.train.reconstruction import RATIOS, reconstruction_figure, reconstructions
 from crate_fast.whitebox import attention_layer, layer_statistics, trace
 

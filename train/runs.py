@@ -162,8 +162,7 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
     Raises:
         UserError: The file is damaged, or its weights do not fit; the message names what differs and the remedy.
     """
-    where, run = f"init={config.init!r}", initial_run(config.init)
-    visible_only, grid = False, None
+    where, run, visible_only = f"init={config.init!r}", initial_run(config.init), False
     new_classifier = config.head == "new" or config.frozen
     if run is None:
         weights, source = read_state_dict(config.init), config.init

@@ -22,8 +22,8 @@ from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.options import positive
 from crate_fast.settings import usable_cores
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import open_source
 from crate_fast.train.data.image_files import describe, open_image, to_rgb
+from crate_fast.train.data.loader import open_source
 from crate_fast.train.data.sources import Source, common_classes
 
 _SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that keep their bytes

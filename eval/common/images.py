@@ -33,8 +33,15 @@ from tqdm import tqdm
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.coco import detections_of, index_of, read_annotations
-from crate_fast.train.data import UNREADABLE
-from crate_fast.train.data.image_files import EXTENSIONS, as_stored, describe, find_images, open_image, read_image
+from crate_fast.train.data.image_files import (
+    EXTENSIONS,
+    UNREADABLE,
+    as_stored,
+    describe,
+    find_images,
+    open_image,
+    read_image,
+)
 from crate_fast.train.data.shape_scenes import ShapeScenes
 
 VOC_CLASSES = (

@@ -28,7 +28,7 @@ from crate_fast.registry import create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Normalize
+from crate_fast.train.data.transforms import Normalize
 from crate_fast.train.runs import build_model, checkpoint_steps, load_model, num_classes_of, run_config, run_weights
 
 _SHIPPED = "shipped:"

@@ -6,32 +6,3 @@
 `loader` makes uint8 batches in an order that depends on seed and epoch alone; the device mirrors and normalises them.
 A corrupt image raises `Unreadable`: training replaces it, evaluation skips it, and the batch lists it.
 """
-
-from crate_fast.train.data.image_files import UNREADABLE
-from crate_fast.train.data.loader import (
-    Batch,
-    DataSplits,
-    build_splits,
-    eval_loader,
-    open_source,
-    plain_splits,
-    readable,
-    train_loader,
-)
-from crate_fast.train.data.transforms import Normalize, drawing_from, mirrored, mixed_seed
-
-__all__ = [
-    "UNREADABLE",
-    "Batch",
-    "DataSplits",
-    "Normalize",
-    "build_splits",
-    "drawing_from",
-    "eval_loader",
-    "mirrored",
-    "mixed_seed",
-    "open_source",
-    "plain_splits",
-    "readable",
-    "train_loader",
-]
