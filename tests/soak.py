@@ -96,7 +96,7 @@ def _step(folder: Path) -> int:
 def compare(first: Path, second: Path) -> dict[str, bool]:
     """Compare the last checkpoints of two runs bit by bit."""
     step = checkpoint.newest(first / "checkpoints")
-    saved = [checkpoint.load(run / "checkpoints", step).training["trainer"]["optimizer"] for run in (first, second)]
+    saved = [checkpoint.load(run / "checkpoints", step).training["optimizer"] for run in (first, second)]
     moments = [{(p, k): torch.as_tensor(v) for p, m in one["state"].items() for k, v in m.items()} for one in saved]
     values = [[{k: v for k, v in e.items() if k != "images_per_s"} for e in entries(run)] for run in (first, second)]
     return {

@@ -58,7 +58,7 @@ def test_a_run_killed_while_saving_continues_from_a_whole_checkpoint(whole, tmp_
     assert all(compare(whole, folder).values())
     assert losses(whole).keys() == {5, 6, 10, 12}
     paths = [run / "checkpoints/step_00000012/training.pt" for run in (whole, folder)]
-    scalers = [torch.load(path, weights_only=True)["trainer"]["scaler"] for path in paths]
+    scalers = [torch.load(path, weights_only=True)["scaler"] for path in paths]
     assert scalers[0] == scalers[1]
 
 
@@ -212,7 +212,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_a_diagnosis(tmp_path,
     assert checkpoint.newest(tmp_path / "checkpoints") == 7
     saved = checkpoint.load(tmp_path / "checkpoints", 7)
     assert all(tensor.isfinite().all() for tensor in saved.weights.values())
-    assert saved.training["trainer"]["nonfinite"]["in_a_row"] == 2
+    assert saved.training["nonfinite"]["in_a_row"] == 2
     refuses("3 steps in a row", pretrain.main, [*words, "--resume"])
 
 
@@ -290,8 +290,8 @@ def test_every_checkpoint_file_is_read_without_running_code(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    folder = checkpoint.save(tmp_path / "checkpoints", 1, {"w": torch.zeros(2)}, {"trainer": {}}, {"config": {}})
-    torch.save({"trainer": Evil()}, folder / "training.pt")
+    folder = checkpoint.save(tmp_path / "checkpoints", 1, {"w": torch.zeros(2)}, {}, {"config": {}})
+    torch.save({"step": Evil()}, folder / "training.pt")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["training.pt"] = checkpoint._fingerprint(folder / "training.pt")
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -102,7 +102,7 @@ def test_coarse_segmentation_of_a_run_equals_its_summary(finished, tmp_path, ref
 
 def _save(root: Path, step: int, value: float) -> Path:
     weights = {"w": torch.full((1000,), value)}
-    return checkpoint.save(root, step, weights, {"trainer": {"step": step}}, {"config": {}})
+    return checkpoint.save(root, step, weights, {"step": step}, {"config": {}})
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_an_error_and_the_previous_one_loads(tmp_path, n
     with pytest.raises(checkpoint.CheckpointError, match=f"{name} {reason}.*step_00000001 is intact: delete"):
         checkpoint.load(tmp_path, 2)
     saved = checkpoint.load(tmp_path, 1)
-    assert (saved.weights["w"][0], saved.training["trainer"]["step"]) == (1.0, 1)
+    assert (saved.weights["w"][0], saved.training["step"]) == (1.0, 1)
 
 
 def test_a_failed_save_leaves_no_checkpoint(tmp_path, monkeypatch):

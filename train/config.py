@@ -173,9 +173,7 @@ class TrainConfig:
     lr: Positive = 1e-3
     """Peak learning rate for the whole batch, before lr_scaling."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
-    """Scaling of lr with the batch: none; linear, by batch_size / lr_base_batch; sqrt, by its square root."""
-    lr_base_batch: Count = 256
-    """Batch size that lr refers to, for lr_scaling."""
+    """Scaling of lr with the batch: none; linear, by batch_size / 256; sqrt, by its square root."""
     weight_decay: Amount = 0.05
     """Weight decay: decoupled for adamw, lion and muon; an L2 penalty for sgd, adam and lars."""
     decay_all: bool = False
@@ -199,8 +197,6 @@ class TrainConfig:
     ema_decay: Rate = 0.0
     """Decay of the exponential moving average (EMA) of the weights; 0 turns it off. The EMA weights are evaluated
     too, and are loaded when the run is opened."""
-    ema_warmup: bool = False
-    """Raise the EMA's decay to ema_decay over the first steps (timm's warm-up)."""
 
     # --- engine
     seed: Natural = 0
@@ -269,7 +265,7 @@ class TrainConfig:
     @property
     def peak_lr(self) -> float:
         """Peak learning rate after `lr_scaling`."""
-        ratio = self.batch_size / self.lr_base_batch
+        ratio = self.batch_size / 256
         return self.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.lr_scaling]
 
 

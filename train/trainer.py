@@ -117,8 +117,7 @@ class Trainer:
         self.score = f"val_{self.objective.scores[0]}"  # selects the best checkpoint
         if config.ema_decay:
             self.score = f"ema_{self.score}"
-            average = {"decay": config.ema_decay, "use_warmup": config.ema_warmup, "foreach": not sharded}
-            self.ema = ModelEmaV3(self.model, **average)
+            self.ema = ModelEmaV3(self.model, decay=config.ema_decay, foreach=not sharded)
         for whole in self._models() if sharded else ():
             distributed.shard(whole, processes)
         self.optimizer = build_optimizer(self.model, config)
@@ -367,25 +366,23 @@ class Trainer:
         full = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights, optimizer = get_state_dict(self.model, self.optimizer, options=full)
         ema = None if self.ema is None else get_state_dict(self.ema.module, (), options=full)[0]
-        rest = {"step": self.step, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
-        interval = {"sums": dict(self.sums), "taken": self.taken}
-        extra = {"unreadable": dict(self.tally.met), "interval": interval}
-        return weights, ema, {"trainer": rest | {"nonfinite": asdict(self.nonfinite)}, "extra": extra}
+        training = {"step": self.step, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
+        training |= {"nonfinite": asdict(self.nonfinite), "unreadable": dict(self.tally.met)}
+        return weights, ema, training | {"sums": dict(self.sums), "taken": self.taken}
 
     def restore(self, weights: dict[str, Tensor], ema: dict[str, Tensor] | None, training: dict) -> None:
         """Restore a `state`, also with another number of processes. All processes must call it."""
-        rest, extra = training["trainer"], training["extra"]
         options = StateDictOptions(full_state_dict=True)  # each process has the full state and takes its shard
-        states = {"model_state_dict": weights, "optim_state_dict": rest["optimizer"]}
+        states = {"model_state_dict": weights, "optim_state_dict": training["optimizer"]}
         set_state_dict(self.model, self.optimizer, **states, options=options)
         if self.ema is not None:
             set_state_dict(self.ema.module, (), model_state_dict=ema, optim_state_dict={}, options=options)
         if self.scaler.is_enabled():
-            self.scaler.load_state_dict(rest["scaler"])
-        self.nonfinite = NonFinite(**rest["nonfinite"])
-        self.step = rest["step"]
-        self.tally.met = dict(extra["unreadable"])
-        self.sums, self.taken = Counter(extra["interval"]["sums"]), extra["interval"]["taken"]
+            self.scaler.load_state_dict(training["scaler"])
+        self.nonfinite = NonFinite(**training["nonfinite"])
+        self.step = training["step"]
+        self.tally.met = dict(training["unreadable"])
+        self.sums, self.taken = Counter(training["sums"]), training["taken"]
 
     # --- the rest
 
