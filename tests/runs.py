@@ -61,7 +61,6 @@ def batches(trainer: Trainer) -> list[Batch]:
         Batch(
             torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator),
             torch.randint(12, (size,), generator=generator),
-            torch.arange(size) % 2 == 0,
         )
         for _ in range(trainer.total_steps)
     ]

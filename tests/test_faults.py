@@ -94,10 +94,10 @@ def test_a_signal_during_evaluation_postpones_the_evaluation(whole, tmp_path, mo
     words = [*TINY, "--output", str(folder), *EVERY_EPOCH]
     prepare, calls, handler = trainer.Trainer.prepare_images, [], signal.getsignal(signal.SIGTERM)
 
-    def interrupted(self, images, flips=None):
-        if flips is None:  # in evaluation
+    def interrupted(self, images):
+        if not self.model.training:
             calls.append(os.kill(os.getpid(), signal.SIGTERM))
-        return prepare(self, images, flips)
+        return prepare(self, images)
 
     monkeypatch.setattr(trainer.Trainer, "prepare_images", interrupted)
     assert pretrain.main(words) == 0
@@ -183,9 +183,9 @@ def _poisoning(monkeypatch, steps: set[int]) -> None:
     """Make the images of these steps not finite."""
     prepare = trainer.Trainer.prepare_images
 
-    def poisoned(self, images, flips=None):
-        images = prepare(self, images, flips)
-        return images * math.nan if flips is not None and self.step in steps else images
+    def poisoned(self, images):
+        images = prepare(self, images)
+        return images * math.nan if self.model.training and self.step in steps else images
 
     monkeypatch.setattr(trainer.Trainer, "prepare_images", poisoned)
 

@@ -77,9 +77,9 @@ def test_sharded_processes_skip_the_same_step_in_fp16(tmp_path):
 import math
 from crate_fast.train.trainer import Trainer
 prepare = Trainer.prepare_images
-def poisoned(self, images, flips=None):
-    bad = self.step == 2 and self.processes.rank == 1 and flips is not None
-    return prepare(self, images, flips) * (math.inf if bad else 1)
+def poisoned(self, images):
+    bad = self.step == 2 and self.processes.rank == 1 and self.model.training
+    return prepare(self, images) * (math.inf if bad else 1)
 Trainer.prepare_images = poisoned
 """
     words = (*WORDS, "--parallel", "fsdp", "--precision", "fp16", "--output", str(tmp_path))

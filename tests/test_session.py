@@ -11,7 +11,7 @@ import pytest
 import torch
 from image_data import encoded, write_tree
 from PIL import Image
-from runs import TINY, back_to, batches, entries, same, steps, trainer, weights
+from runs import TINY, back_to, entries, same, steps, trainer, weights
 
 from crate_fast.train import checkpoint, pretrain
 from crate_fast.train import trainer as trainer_module
@@ -48,16 +48,6 @@ def test_a_run_compiles_with_the_given_mode(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, mode: seen.append(mode) or model)
     trainer(compile=True, compile_mode="max-autotune")
     assert seen == ["max-autotune"]
-
-
-def test_images_are_flipped_on_the_device():
-    batch = batches(ours := trainer())[0]
-    images = ours.prepare_images(batch.images, batch.flips)
-    plain = ours.normalize(batch.images)
-    assert torch.equal(images[0::2], plain[0::2].flip(-1))
-    assert torch.equal(images[1::2], plain[1::2])
-    assert torch.equal(ours.prepare_images(batch.images), plain)
-    assert len(ours.prepare_images(batch.images[:0], batch.flips[:0])) == 0
 
 
 def test_bf16_is_the_default_on_gpus_that_multiply_it(monkeypatch):

@@ -36,7 +36,7 @@ from crate_fast.train import checkpoint, distributed
 from crate_fast.train.checkpoint import RunFolder
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.loader import Batch, DataSplits, build_splits, check_batch, eval_loader, train_loader
-from crate_fast.train.data.transforms import Normalize, mirrored, mixed_seed
+from crate_fast.train.data.transforms import Normalize, mixed_seed
 from crate_fast.train.distributed import Processes, process_group
 from crate_fast.train.faults import Interruption, NonFinite, UnreadableTally, diagnosis
 from crate_fast.train.objective import objective_for
@@ -194,7 +194,7 @@ class Trainer:
             for part in range(config.accumulate):
                 batch = next(batches)
                 self.tally.pending += batch.problems
-                images = self.prepare_images(batch.images, batch.flips)
+                images = self.prepare_images(batch.images)
                 labels = batch.labels.to(self.device, non_blocking=True)
                 inputs = self.objective.inputs(images, labels, self.step, part)
                 with distributed.gradient_sync(self.runner, part == config.accumulate - 1):
@@ -243,12 +243,9 @@ class Trainer:
         seed = mixed_seed(self.config.seed, self.step, self.processes.rank)
         torch.manual_seed(seed)  # for dropout: a checkpoint needs no generator state
 
-    def prepare_images(self, images: Tensor, flips: Tensor | None = None) -> Tensor:
-        """Move uint8 images to the device, mirror those selected by `flips`, and normalise them."""
-        images = images.to(self.device, non_blocking=True)
-        if flips is not None:
-            images = mirrored(images, flips.to(self.device, non_blocking=True))
-        return self.normalize(images)
+    def prepare_images(self, images: Tensor) -> Tensor:
+        """Move uint8 images to the device and normalise them."""
+        return self.normalize(images.to(self.device, non_blocking=True))
 
     def _skip_step(self, loss: float, norm: float, bad_loss: bool, batch: Batch) -> None:
         """Count a non-finite step. An fp16 overflow only lowers the loss scale."""
@@ -261,7 +258,7 @@ class Trainer:
                 return
         self.nonfinite.failed(self.step, loss, norm)
         if self.nonfinite.in_a_row >= self.config.nonfinite_limit:
-            images = self.prepare_images(batch.images, batch.flips)
+            images = self.prepare_images(batch.images)
             raise self.nonfinite.error(diagnosis(self.model, images, self.objective.outputs))
 
     # --- log, evaluate, save

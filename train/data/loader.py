@@ -1,9 +1,7 @@
 """Splits and loaders of uint8 batches, in an order that depends on seed and epoch alone, not on processes or workers.
 
 The key of a training sample is (epoch, index, copy). Key and seed determine its random numbers, so a resumed run, or
-one with more processes, sees the same pixels. Images stay uint8 until the device mirrors and normalises them:
-
-    images = normalize(mirrored(batch.images.to(device), batch.flips.to(device)))
+one with more processes, sees the same pixels. Images stay uint8 until the device normalises them.
 """
 
 import dataclasses
@@ -47,9 +45,8 @@ _ATTEMPTS = 30  # to find a readable image for a sample
 class Batch(NamedTuple):
     """Batch of images from a loader."""
 
-    images: Tensor  # uint8 [B, 3, S, S], not mirrored yet. In evaluation B is 0 if the whole batch is corrupt.
+    images: Tensor  # uint8 [B, 3, S, S]. In evaluation B is 0 if the whole batch is corrupt.
     labels: Tensor  # int64 [B]
-    flips: Tensor | None = None  # bool [B], argument of `mirrored`; loaders always set it
     problems: Sequence[str] = ()  # "path: error: reason" of each corrupt image found while loading this batch
     keys: Sequence[Key] = ()  # (epoch, index) or (epoch, index, copy) of each sample
     masks: Tensor | None = None  # bool [B, S, S] for `DataSplits.masks`, else None
@@ -80,10 +77,8 @@ class _Split(Dataset):
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         return self.batch(keys)
 
-    def flips(self, keys: Sequence[Key]) -> Tensor:
-        if not self.hflip:
-            return torch.zeros(len(keys), dtype=torch.bool)
-        return torch.tensor([np.random.default_rng((self.seed, *key)).random() < self.hflip for key in keys])
+    def flips(self, key: Key) -> bool:
+        return self.hflip > 0 and np.random.default_rng((self.seed, *key)).random() < self.hflip
 
     def batch(self, keys: Sequence[Key]) -> Batch:
         """Load the samples of `keys`; corrupt ones are replaced in training and skipped in evaluation."""
@@ -97,7 +92,7 @@ class _Split(Dataset):
                 except Unreadable as error:
                     problems.append(str(error))
                     continue
-                images[len(loaded)] = pixels(picture)
+                images[len(loaded)] = pixels(picture)[..., :: -1 if self.flips(key) else 1]
                 labels.append(label)
                 loaded.append(key)
                 break
@@ -108,7 +103,7 @@ class _Split(Dataset):
                         "Check that the disk is still available"
                     )
         labels = torch.tensor(labels, dtype=torch.int64)
-        return Batch(torch.from_numpy(images[: len(loaded)]), labels, self.flips(loaded), problems, loaded)
+        return Batch(torch.from_numpy(images[: len(loaded)]), labels, problems, loaded)
 
 
 class _SceneSplit(_Split):
@@ -120,7 +115,8 @@ class _SceneSplit(_Split):
     def batch(self, keys: Sequence[Key]) -> Batch:
         images, labels, *masks = zip(*self.images.__getitems__([key[1] for key in keys]), strict=True)
         masks = torch.stack(masks[0]) if masks else None
-        return Batch(torch.stack(images), torch.tensor(labels), self.flips(keys), [], keys, masks)
+        images = [image.flip(-1) if self.flips(key) else image for image, key in zip(images, keys, strict=True)]
+        return Batch(torch.stack(images), torch.tensor(labels), [], keys, masks)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Transforms: crop and augment PIL images in a worker, mirror and normalise batches on the device.
+"""Transforms: crop and augment PIL images in a worker, normalise batches on the device.
 
 The random numbers of a sample depend on (seed, epoch, index, copy) alone, not on processes or workers.
 """
@@ -50,11 +50,6 @@ class Normalize(nn.Module):
         return ((images.float() - self.shift) / self.scale).round().clamp(0, 255).to(torch.uint8)
 
 
-def mirrored(images: Tensor, flips: Tensor) -> Tensor:
-    """Return a copy of images [B, 3, S, S] in which those selected by `flips`, bool [B], are mirrored."""
-    return torch.where(flips[:, None, None, None], images.flip(-1), images)
-
-
 def mixed_seed(*name: int) -> int:
     """Mix non-negative integers into a 64-bit seed; a trailing 0 does not change it."""
     return int(np.random.SeedSequence(name).generate_state(1, np.uint64)[0])
@@ -96,7 +91,7 @@ def policy_transform(policy: str) -> Callable[[Image.Image], Image.Image]:
 
 
 def train_transform(config: TrainConfig) -> transforms.Compose:
-    """Return the random crop and augmentation, PIL image → PIL image of `image_size`; `mirrored` flips afterwards.
+    """Return the random crop and augmentation, PIL image → PIL image of `image_size`; the loader flips afterwards.
 
     To flip after the augmentation instead of before it gives the same distribution: crops, shears, shifts and
     rotations are symmetric, and the other operations do not depend on left and right.
