@@ -15,7 +15,7 @@ from torchvision.transforms import PILToTensor
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data.loader import build_splits, eval_loader, train_loader
+from crate_fast.train.data.loader import build_splits, check_batch, eval_loader, train_loader
 from crate_fast.train.data.transforms import (
     Normalize,
     drawing_from,
@@ -122,11 +122,10 @@ def test_masks_come_with_their_images():
 
 
 def test_a_batch_that_cannot_be_divided_or_filled_is_an_error():
-    data = build_splits(SCENES)
     with pytest.raises(UserError, match="batch_size=8 cannot be divided among 3 processes"):
-        train_loader(SCENES, data.train, world_size=3)
+        check_batch(SCENES, 40, 3)
     with pytest.raises(UserError, match="40 images, fewer than batch_size=64"):
-        train_loader(dataclasses.replace(SCENES, batch_size=64), data.train)
+        check_batch(dataclasses.replace(SCENES, batch_size=64), 40, 1)
 
 
 def test_every_crop_has_the_requested_size(folder):

@@ -3,7 +3,7 @@
 import io
 import struct
 import zlib
-from types import SimpleNamespace
+from collections import UserList
 
 import numpy as np
 import pytest
@@ -125,7 +125,8 @@ def test_pictures_in_written_shards_are_upright(shorter_side, size):
 
 def test_torchvisions_files_are_read_upright(tmp_path):
     (tmp_path / "a.jpg").write_bytes(_oriented(6, "JPEG"))
-    pets = SimpleNamespace(classes=("a",), _images=[tmp_path / "a.jpg"], _labels=[0])
+    pets = UserList([(Image.open(tmp_path / "a.jpg").convert("RGB"), 0)])  # as torchvision reads it
+    pets.classes = ("a",)
     picture, label = TorchvisionSource(pets, "pets")[0]
     assert (picture.size, label) == ((24, 32), 0)
 

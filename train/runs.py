@@ -81,11 +81,11 @@ def _put_probe(model: nn.Module) -> None:
 # --- open a run
 
 
-def run_config(folder: Path, **changes) -> TrainConfig:
-    """Return the configuration of a run, with `changes`."""
+def run_config(folder: Path) -> TrainConfig:
+    """Return the configuration of a run."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run (it has no config.yaml): pass a run's folder, such as runs/NAME")
-    return TrainConfig(**(load_recipe(str(folder / "config.yaml")) | changes))
+    return TrainConfig(**load_recipe(str(folder / "config.yaml")))
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

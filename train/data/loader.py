@@ -229,10 +229,8 @@ def train_loader(
 ) -> DataLoader:
     """Return a loader of this process's micro-batches, all of equal size, from `first_step` to the end of the run.
 
-    Raises:
-        UserError: See `check_batch`.
+    `check_batch` must have passed.
     """
-    check_batch(config, len(data), world_size)
     return _loader(config, data, _train_keys(config, len(data), rank, world_size, first_step))
 
 

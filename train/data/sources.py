@@ -133,20 +133,17 @@ class HubSource(Source):
 
 
 class TorchvisionSource(Source):
-    """Data set of torchvision. Image files are read here, because torchvision ignores their EXIF orientation."""
+    """Data set of torchvision; `where` names it in messages."""
 
     def __init__(self, images: Dataset, where: str):
         self.items, self.where = images, where
         self.classes = tuple(images.classes)
         self.n_labels = len(self.classes)
-        self.paths = getattr(images, "_images", getattr(images, "_image_files", None))  # pets, flowers102
 
     def name(self, index: int) -> str:
-        return f"{self.where}, image {index}" if self.paths is None else str(self.paths[index])
+        return f"{self.where}, image {index}"
 
     def picture(self, index: int) -> tuple[Image.Image, int]:
-        if self.paths is not None:
-            return read_image(self.paths[index]), self.items._labels[index]
         image, label = self.items[index]
         return to_rgb(image), label
 
@@ -154,17 +151,15 @@ class TorchvisionSource(Source):
 def open_torchvision(dataset: str, data_dir: str, train: bool, download: bool) -> Source:
     """Open one of torchvision's data sets; download it only on request."""
     name, argument, *splits = TORCHVISION[dataset]
-    place = f"data_dir={data_dir!r}"
     try:
         with nothing_outside() if download else nullcontext():
             split = {argument: splits[0 if train else 1]}
             images = getattr(torchvision_datasets, name)(Path(data_dir), **split, download=download)
-    except (RuntimeError, FileNotFoundError, ValueError) as error:
-        remedy = "pass the right folder, or --download to download it there"
-        raise UserError(f"{dataset} is not in {place} ({error}): {remedy}") from error
-    except OSError as error:  # no network (URLError), a full disk
-        remedy = "check the network and the disk, or copy it there yourself"
-        raise UserError(f"{dataset} cannot be read from or downloaded to {place} ({error}): {remedy}") from error
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(
+            f"{dataset} is not in data_dir={data_dir!r} ({error}): pass the right folder, or --download, with a "
+            "network and free space"
+        ) from error
     return TorchvisionSource(images, dataset)
 
 
