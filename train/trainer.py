@@ -158,10 +158,10 @@ class Trainer:
 
     def train(self) -> bool:
         """Train to the last step. If a signal arrives, save and return False."""
-        config, left = self.config, self.total_steps - self.step
+        config = self.config
         loader = train_loader(config, self.data.train, first_step=self.step, **self.shares)
         # before the first step: this draws from the generator that each step seeds
-        batches = iter(loader if left else ())
+        batches = iter(loader if self.step < self.total_steps else ())
         with self._progress_bar() as bar:
             while True:
                 # evaluate() saves before it scores, so in a resumed run the evaluation may still be due
