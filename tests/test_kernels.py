@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import all_within_twice_eager, gradients, is_right, mutant, skip_tf32, tokens_and_gradient
+from oracle import all_within_twice_eager, gradients, is_right, mutant, norm_ista, skip_tf32, tokens_and_gradient
 from torch import Tensor
 
 from crate_fast import functional, kernels
@@ -315,7 +315,7 @@ def _inputs(size, dtype, device, norm: bool = True) -> list[Tensor]:
 
 
 def _results(inputs: list[Tensor], grad: Tensor, ours: bool = True, **options) -> list[Tensor]:
-    functions = (ista_reference, functional.ista) if len(inputs) == 2 else (norm_ista_reference, functional.norm_ista)
+    functions = (ista_reference, functional.ista) if len(inputs) == 2 else (norm_ista_reference, norm_ista)
     options |= {"backend": "triton"} if ours else {}
     return gradients(partial(functions[ours], **options), inputs, grad)
 
