@@ -3,7 +3,7 @@
     python benchmarks/gpu_check.py prepare     # with a network: writes an assembler and the commit into .gpu/
     bash benchmarks/gpu_check.sh first         # at most 410 s: probes, tiles, operators and their peers, tests
     bash benchmarks/gpu_check.sh second        # at most 230 s: whole models, a profile, hardware counters
-    bash benchmarks/gpu_check.sh first --stages warm tiles --limit 120
+    bash benchmarks/gpu_check.sh first --stages warm tiles --limit 120    # compiled peers need `probes` too
     bash benchmarks/gpu_check.sh all --rehearse          # on a CPU, with stand-ins: tests the program itself
 
 Stages are independent. Every probe and every worker is a process with a time limit, and its rows count however it
@@ -177,7 +177,7 @@ class Check:
         jobs = [self.items_job(part, mode, stall_s) for part in lists]
         self.run([*more, *jobs], lambda process: self.after_items(process, mode, stall_s), workers + len(more))
 
-    def after_items(self, process: Process, mode: str, stall_s: float) -> list[Job]:
+    def after_items(self, process: Process, mode: str, stall_s: float, nice: int = 0) -> list[Job]:
         """Collect the rows of a worker that has ended; return the job for its remaining items."""
         ended, current = self.collect(process.job.beat)
         items, reason = process.job.items, f"{process.reason}: {tail(process.log)}"
@@ -196,7 +196,7 @@ class Check:
             for item in left:
                 self.row(item["name"], "n/a", f"its worker did not start: {reason}")
             return []
-        return [self.items_job(left, mode, stall_s)] if left else []
+        return [self.items_job(left, mode, stall_s, nice)] if left else []
 
     # --- the whole ------------------------------------------------------------------------------------------------
 
@@ -301,7 +301,7 @@ def probes(check: Check) -> None:
 
     def done(process: Process) -> list[Job]:
         if process.job.items:  # a compiler
-            return check.after_items(process, "warm", 90.0)
+            return check.after_items(process, "warm", 90.0, nice=10)
         name = process.job.name
         found = json.loads(files[name].read_text()) if files[name].exists() else {}
         status = found.get("status")

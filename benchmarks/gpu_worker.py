@@ -178,8 +178,8 @@ def _model_items() -> tuple[list[dict], list[dict]]:
     plain = [name for name in PEERS["crate"] if name not in compiled]
     compiled.sort(key=lambda name: not name.startswith(VIT))  # the peer of the goal first
     beside = [item("crate", "B/16", TRAINING, [OURS, name]) for name in compiled]
-    models = [item("crate", "B/16", TRAINING, plain), *beside[:1], item("crate", "B/8", TRAINING, plain), profiled]
-    models += beside[1:]
+    models = [item("crate", "B/16", TRAINING, plain), *beside[:1], item("crate", "B/8", TRAINING, plain), *beside[1:]]
+    models += [profiled]  # last: the profiler may stay attached
     more = [item("crate", "B/16", INFERENCE, plain)]
     more += [item("growth", n, what, PEERS["growth"]) for what in (INFERENCE, TRAINING) for n in GROWTH]
     more += [item("model", "CRATE-MAE-B", TRAINING, PEERS["model"])]

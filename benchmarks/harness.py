@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +33,7 @@ import torch
 from gpu_report import times
 
 from crate_fast.cpu_ops import onednn_product
-from crate_fast.env import driver_version, provenance, ptxas_version
+from crate_fast.env import driver_version, provenance, ptxas_version, version_of
 from crate_fast.kernels.launch import INTERPRETED
 
 gc.freeze()  # so that `free_memory` skips imported objects, which would take a second
@@ -314,7 +313,7 @@ def _facts(device: torch.device) -> dict[str, object]:
     facts = {key: found[key] for key in ("commit", "torch", "timm", "python", "device")} | {"driver": "none"}
     if device.type == "cuda":
         facts |= {"device": torch.cuda.get_device_name(device), "driver": driver_version()}
-    return facts | {"triton": metadata.version("triton"), "ptxas": ptxas_version(device)}
+    return facts | {"triton": version_of("triton"), "ptxas": ptxas_version(device)}
 
 
 def run_shapes(

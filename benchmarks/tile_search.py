@@ -1,7 +1,7 @@
 """Candidate tiles of each kernel, the problems to measure them on, and the measurement of one candidate.
 
 `gpu_check.py` first compiles every candidate, leaves out those that spill or do not fit, and times the others. It
-writes the best to found_tiles.json, and shows them in its summary as in kernels/launch.py.
+writes the best to found_tiles.json.
 """
 
 import math

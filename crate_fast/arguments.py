@@ -37,20 +37,26 @@ def rename_arguments(arguments: dict[str, Any], names: dict[str, str]) -> dict[s
     For these arguments, None counts as absent.
 
     Raises:
-        UserError: An argument is given under both names.
+        UserError: An argument is given under both names, with different values.
     """
     renamed, both = {}, {*names, *names.values()}
     for given, value in arguments.items():
         name = names.get(given, given)
         if given in both and value is None:
             continue
-        if name in renamed:
+        if name in renamed and _plain(renamed[name]) != _plain(value):  # timm's Hub files have both names
             other = next(other for other, own in names.items() if own == name)
             raise UserError(
                 f"{name}={arguments[name]!r} and {other}={arguments[other]!r} are the same argument: pass only one"
             )
         renamed[name] = value
     return renamed
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, int):
+        return (value, value)  # a size in pixels
+    return tuple(value) if isinstance(value, list) else TIMM_POOLS.get(value, value)
 
 
 def takes_timm_names(init: Callable) -> Callable:

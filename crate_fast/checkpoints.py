@@ -7,7 +7,6 @@ patches; `crate_fast.weight_files` reads the files.
 import math
 import os
 import textwrap
-import warnings
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -25,9 +24,9 @@ def adapt_state_dict(
 ) -> dict[str, Tensor]:
     """Unwrap a state dict and resample its positions to the model's grid of patches (`pretrained_filter_fn` of timm).
 
-    Positions form a square grid, as in timm, unless `source_grid` names another one. A CRATE-MAE keeps its own
-    positions, because they are computed. Classifiers are not changed: `load_state_dict` raises an error for another
-    number of classes.
+    As in timm, weights with as many positions as the model keep them, and the positions of others form a square
+    grid; `source_grid` names another one. A CRATE-MAE keeps its own positions, because they are computed. Classifiers
+    are not changed: `load_state_dict` raises an error for another number of classes.
 
     Args:
         state_dict: Contents of a file, or a model's `state_dict()`.
@@ -59,20 +58,14 @@ def adapt_state_dict(
 
 
 def _grid_of(patches: int, target: tuple[int, int], given: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the grid of the weights: the given one, else a square, else the model's if it has as many patches."""
+    """Return the grid of the weights: the given one, else the model's if it has as many patches, else a square."""
     side = math.isqrt(max(0, patches))
-    grid = given or ((side, side) if side**2 == patches else target)
+    grid = given or (target if patches == target[0] * target[1] else (side, side))
     rows, columns = grid
     if rows * columns != patches or rows < 1:
         raise UserError(
             f"positions of {patches} patches cannot be resampled as a grid of {rows}×{columns}: pass source_grid, "
             "the rows and columns of patches of the weights"
-        )
-    if given is None and grid != target and patches == target[0] * target[1]:
-        warnings.warn(
-            f"the weights do not record the grid of their {patches} positions: assuming {rows}×{columns}, resampling "
-            f"to {target[0]}×{target[1]}; if this is wrong, pass source_grid",
-            stacklevel=3,
         )
     return grid
 
@@ -88,11 +81,11 @@ def _positions_of(model: nn.Module) -> tuple[str, tuple[int, int] | None]:
 
 
 def _with_own_tables(state_dict: dict[str, Tensor], model: CRATEMAE) -> dict[str, Tensor]:
-    """Replace position tables of another grid by the model's. A table of another width is kept and fails to load."""
+    """Replace finite position tables by the model's, unless they are equal up to rounding, or of another width."""
     tables = {}
     for name in ("pos_embed", "decoder_pos_embed"):  # computed, not learned
         table, own = state_dict.get(name), getattr(model, name).detach()
-        if table is None or table.dim() != 3 or table.shape[-1] != own.shape[-1]:
+        if table is None or table.dim() != 3 or table.shape[-1] != own.shape[-1] or not table.isfinite().all():
             continue
         if table.shape != own.shape or not torch.allclose(table.to(own), own, atol=0.02):  # bf16 rounds by 0.004
             tables[name] = own

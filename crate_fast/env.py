@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _PACKAGES = ("crate_fast", "torch", "triton", "torchvision", "timm", "numpy", "safetensors")
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -39,7 +39,7 @@ def describe() -> Iterator[tuple[str, str]]:
     yield "python", platform.python_version()
     yield "platform", platform.platform()
     for name in _PACKAGES:
-        yield name, _version(name)
+        yield name, version_of(name)
     import torch
 
     from crate_fast.backends import explain_backend
@@ -87,7 +87,7 @@ def compiler_versions(device: torch.device) -> str:
     """Return the versions behind the kernels on a device: "torch …, triton …, ptxas …"."""
     import torch
 
-    versions = f"torch {torch.__version__}, triton {_version('triton')}"
+    versions = f"torch {torch.__version__}, triton {version_of('triton')}"
     if device.type != "cuda":
         return f"{versions}, interpreted"
     return versions if torch.version.hip else f"{versions}, ptxas {ptxas_version(device)}"
@@ -129,7 +129,7 @@ def provenance() -> dict[str, str]:
         "commit": _commit(),
         "crate_fast": crate_fast.__version__,
         "torch": torch.__version__,
-        "timm": _version("timm"),
+        "timm": version_of("timm"),
         "python": platform.python_version(),
         "device": f"{device}, {torch.get_num_threads()} threads",
         "command": shlex.join(sys.argv),

@@ -7,6 +7,7 @@ line here before it imports the command, so `--help` and errors in the command l
 import argparse
 import ast
 import importlib.util
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,17 @@ def _integer(text: str, low: int, high: float, expected: str) -> int:
 def positive(text: str) -> int:
     """Parse a positive integer."""
     return _integer(text, 1, float("inf"), "a positive integer")
+
+
+def rate(text: str) -> float:
+    """Parse a positive number, which may have commas between thousands."""
+    try:
+        value = float(text.replace(",", ""))
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: give a positive number")
+    return value
 
 
 def seed(text: str) -> int:

@@ -163,7 +163,7 @@ def create_mae(name: str, pretrained: bool = False, checkpoint_path: str = "", *
         **kwargs: Arguments of `CRATEMAE`, which has neither classifier nor dropout; they override those of the size.
 
     Raises:
-        UserError: There is no such autoencoder.
+        UserError: There is no such autoencoder, or it does not have such an argument.
 
     >>> create_mae("crate_mae_tiny_patch16_224", depth=1, decoder_depth=1).embed_dim
     384
@@ -173,7 +173,13 @@ def create_mae(name: str, pretrained: bool = False, checkpoint_path: str = "", *
     if pretrained:
         raise UserError(f"pretrained=True: no weights of {name} can be downloaded; pass a file as checkpoint_path")
     sizes = dict(zip(("embed_dim", "depth", "num_heads"), _AUTOENCODERS[name], strict=True))
-    model = CRATEMAE(**(sizes | kwargs))
+    try:
+        model = CRATEMAE(**(sizes | kwargs))
+    except TypeError as error:
+        raise UserError(
+            f"{name}: {error}. An autoencoder has neither classifier nor dropout: create "
+            f"{MAE_ENCODER}{name.removeprefix(MAE)}, or pass these arguments to its method encoder()"
+        ) from error
     return load_weights(model, checkpoint_path) if checkpoint_path else model
 
 

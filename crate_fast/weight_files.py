@@ -144,11 +144,7 @@ def describe_file(path: Path) -> tuple[str, str] | None:
     if head.startswith(b"PK\x03\x04"):
         kind = _describe_zip(path)
     elif not head.startswith(b"\x80"):  # not a pickle
-        text = " ".join(head[:40].decode(errors="replace").split())
-        kind = (
-            f"not a weight file (it begins with {text!r})",
-            "download the weight file itself, or unpack the archive",
-        )
+        kind = f"not a weight file (it begins with {head[:24]!r})", "download the weight file, or unpack the archive"
     elif _TORCH_MAGIC not in head[:64]:
         kind = "a Python pickle that torch.save did not write, and reading it could run code", _STATE_DICT
     if kind is None and of_safetensors:

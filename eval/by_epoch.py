@@ -41,9 +41,10 @@ def _command(options: argparse.Namespace) -> None:
     layer = untrained.extract.resolve_layer(options.layer)
     images = open_data(options, untrained)
     measures = check_measures(options.measures, untrained, images, options.data)
-    evaluation = Evaluation("by_epoch", options, [untrained])
+    evaluation = Evaluation("by_epoch", options, [])
     shown = [sample.image for _, sample in itertools.islice(readable(images), 4)]
     columns = [[image_picture(image) for image in shown]]
+    facts: list[dict] = []
     left_out: dict[int, str] = {}
     results: dict[int, dict[str, float]] = {}
     for step in [0, *chosen]:
@@ -53,6 +54,7 @@ def _command(options: argparse.Namespace) -> None:
             print(f"left out: step {step}: {error}", file=sys.stderr)
             left_out[step] = str(error)
             continue
+        facts.append(loaded.facts)
         reading = evaluation.reading(f"step {step}")
         results[step] = evaluate(loaded, images, [layer], measures, options.seed, **reading)[layer]
         features = loaded.features(torch.stack(shown), [layer])  # one PCA per image (paper, Fig. 10, right)
@@ -68,7 +70,7 @@ def _command(options: argparse.Namespace) -> None:
     titles = [f"epoch {epochs[step]:g}" for step in results]
     image_grid(list(zip(*columns, strict=True)), evaluation.figure("components"), column_titles=["image", *titles])
     notes = ["all numbers except counts are in %"]
-    evaluation.finish({"rows": rows, "left_out": left_out}, {"layer": layer}, notes)
+    evaluation.finish({"rows": rows, "left_out": left_out}, {"layer": layer, "models": facts}, notes)
 
 
 main = main_of("eval by_epoch", _command)

@@ -141,6 +141,8 @@ def maskcut(
     if grid[0] * grid[1] != n_patches:
         raise UserError(f"grid={grid} does not fit the {n_patches} patches: rows·columns must be {n_patches}")
     _check(n_patches, tau)
+    if num_objects < 1:
+        raise UserError(f"num_objects={num_objects}: ask for at least one")
     if not features.isfinite().all():
         raise UserError("the features hold NaN or infinity: check the model and the normalisation of its input")
     on_cpu = features.device.type == "cpu"  # a batch gains nothing there and runs as long as its slowest image

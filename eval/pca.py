@@ -103,6 +103,8 @@ def foreground(features: Tensor, threshold: float = 0.5, grid: tuple[int, int] |
     images, patches, width = features.shape
     grid = (round(patches**0.5),) * 2 if grid is None else grid
     check_foreground(grid, threshold)
+    if grid[0] * grid[1] != patches:
+        raise UserError(f"grid={grid} does not fit the {patches} patches: rows·columns must be {patches}")
     tokens = features.flatten(0, 1)
     components, explained = principal_components(tokens, min(4, width))
     projection = (tokens.double() @ components[:, 0]).view(images, *grid)

@@ -8,12 +8,12 @@ import timm
 import torch
 from oracle import model_gradients
 from timm.layers import DropPath
-from timm.models import group_parameters
+from timm.models import group_parameters, save_for_hf
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from crate_fast import CRATE, CRATE_tiny
+from crate_fast import CRATE, CRATE_tiny, load_pretrained
 from crate_fast.errors import UserError
 from crate_fast.layers import ISTA, MSSA, Layer, PreNorm
 from crate_fast.train.config import DROP_RATES, TrainConfig
@@ -160,14 +160,25 @@ def test_our_names_and_timms_names_build_the_same_models():
     for names in (ours, timms):
         assert _shapes(timm.create_model("crate_tiny_patch16_224", **names, **rest, num_classes=7)) == _shapes(one)
         assert _shapes(CRATE_tiny(7, **names, **rest)) == _shapes(one)
-    assert CRATE(**SMALL, image_size=32, img_size=None).image_size == (32, 32)
+    equal = CRATE(**SMALL, image_size=(32, 32), img_size=32, pool="cls", global_pool="token", heads=None)
+    assert (equal.image_size, equal.pool, equal.transformer.heads) == ((32, 32), "cls", 3)
 
 
-def test_an_argument_under_two_names_is_an_error():
+def test_timm_loads_what_it_saved_for_the_hub(tmp_path):
+    """timm adds its own names to the arguments of the model, and positions of 1×4 patches are no square of 2×2."""
+    arguments = SMALL | {"image_size": (8, 32), "channels": 1, "pool": "mean"}
+    source = timm.create_model("crate_tiny_patch8_224", **arguments).eval()
+    save_for_hf(source, tmp_path, model_args=arguments, safe_serialization=True)
+    images = torch.randn(2, 1, 8, 32)
+    for model in (timm.create_model(f"local-dir:{tmp_path}", pretrained=True), load_pretrained(str(tmp_path))):
+        torch.testing.assert_close(model.eval()(images), source(images))
+
+
+def test_two_values_of_one_argument_are_an_error():
     builders = [CRATE, CRATE_tiny, lambda **words: timm.create_model("crate_tiny_patch16_224", **words)]
     for (name, value), (other, different) in (
         (("image_size", 32), ("img_size", 64)),
-        (("image_size", 32), ("img_size", 32)),
+        (("image_size", (32, 64)), ("img_size", 32)),
         (("dim", 48), ("embed_dim", 96)),
         (("pool", "mean"), ("global_pool", "avg")),
     ):

@@ -183,7 +183,7 @@ def _problem(folder: Path) -> str | None:
         if not path.is_file():
             return f"{path} is missing"
         found = describe_file(path) if path.suffix == ".safetensors" else None
-        if found and "damaged" not in found[0]:  # for example a git-lfs pointer
+        if found and "git-lfs" in found[0]:
             return f"{path} is {found[0]}: {found[1]}"
         if path.stat().st_size != expected["bytes"]:
             return f"{path} is damaged: it has {path.stat().st_size} bytes instead of {expected['bytes']}"

@@ -408,7 +408,8 @@ def train_command(
         config, options = build_config(argv, description, recipe, prog=f"crate-fast {name}", adjust=adjust)
         if options.output is None and options.resume:
             raise UserError("--resume needs the folder of the run to continue: pass --output FOLDER")
-        if not options.resume and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+        if restarts and not options.resume and not options.dry_run:
             raise UserError("torchrun --max-restarts needs a run to continue: pass --output FOLDER --resume")
         from crate_fast.train.trainer import launch  # imports torch, which is slow: after command-line errors
 

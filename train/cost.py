@@ -137,11 +137,16 @@ def _saved_bytes(model: nn.Module, config: TrainConfig, batch: int, device: str,
 def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict[str, float]:
     """Return the lines that `crate-fast plan` prints; `options` are the options of that command."""
     images, classes = options.images, options.classes
-    names = [name for name in (config.dataset, *Path(options.recipe).stem.split("_")) if name in KNOWN_SIZES]
-    if names and not Path(config.data_dir).is_dir():
-        images, classes = images or KNOWN_SIZES[names[0]][0], classes or KNOWN_SIZES[names[0]][1]
+    known = [name for name in (config.dataset, *Path(options.recipe).stem.split("_")) if name in KNOWN_SIZES]
+    if config.dataset == "shape_scenes" or (config.dataset not in KNOWN_SIZES and Path(config.data_dir).is_dir()):
+        known = []  # the data are here
+    if known:
+        images, classes = images or KNOWN_SIZES[known[0]][0], classes or KNOWN_SIZES[known[0]][1]
     elif not images or not classes:
-        data = build_splits(config)
+        try:
+            data = build_splits(dataclasses.replace(config, download=False))
+        except UserError as error:
+            raise UserError(f"{error}; or plan without the data: pass --images N and --classes N") from error
         images, classes = images or len(data.train), classes or len(data.classes)
     check_batch(config, images, options.gpus)
     model = meta_model(config, classes)

@@ -1,6 +1,6 @@
 """Print the cost of a training run before it starts: `crate-fast plan --recipe in21k_paper --gpus 8`.
 
-The command accepts every training setting and needs neither data nor a GPU. Operations are those of matrix products.
+The command accepts the settings of training and needs neither data nor a GPU. Operations are those of products.
 Memory excludes operator workspaces, communication buffers, image batches, fragmentation and the CUDA context (about
 half a GiB). Hours follow from `--images-per-s`, which `--dry-run` and every run print, and exclude evaluations.
 """
@@ -8,7 +8,7 @@ half a GiB). Hours follow from `--images-per-s`, which `--dry-run` and every run
 import argparse
 
 from crate_fast.errors import run_command
-from crate_fast.options import positive
+from crate_fast.options import positive, rate
 from crate_fast.train.config import build_config
 from crate_fast.train.finetune import inheriting
 
@@ -18,7 +18,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=positive, default=1, help="number of processes, one per device (default 1)")
     add("--images", type=positive, help="number of training images, for data that are not on this machine")
     add("--classes", type=positive, help="number of classes, for data that are not on this machine")
-    add("--images-per-s", type=positive, help="measured training images per second of all devices, for the hours")
+    add("--images-per-s", type=rate, help="measured training images per second of all devices, for the hours")
 
 
 def _with_placeholders(values: dict, chosen: dict) -> dict:

@@ -177,7 +177,13 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
         raise UserError("head='new': an autoencoder has no classifier to replace; leave it out")
     token, own_token = weights.get("cls_token"), getattr(model, "cls_token", None)
     if token is None or own_token is None or token.shape == own_token.shape:  # `load_strictly` refuses another width
-        adapted = adapt_state_dict(weights, model)
+        try:
+            adapted = adapt_state_dict(weights, model)
+        except UserError as error:
+            remedy = (
+                "in Python, load it with load_weights(…, source_grid=…), save the model's state dict, and pass that"
+            )
+            raise UserError(f"{where}: {str(error).partition(':')[0]}; {remedy}") from error
         if any(adapted[name] is not value for name, value in weights.items()):
             notes.append("positions of this image size" if isinstance(model, CRATEMAE) else "positions resampled")
             weights = adapted

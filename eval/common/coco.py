@@ -28,7 +28,7 @@ def read_annotations(path: Path):
     """
     content = coco_content(path)
     images, where = index_of(content["images"], [], []), "categories"
-    annotations, ids = [], set(map(str, images.imgs))
+    annotations = []
     try:
         for category in content["categories"]:
             category["name"] = str(category.get("name", category["id"]))
@@ -38,8 +38,6 @@ def read_annotations(path: Path):
                 where = f"annotation {annotation['id']!r}"
                 _complete(annotation, images)
                 annotations.append(annotation)
-            elif str(annotation["image_id"]) in ids:
-                raise ValueError(f"image_id {annotation['image_id']!r} and the id of its image have different types")
         return index_of(content["images"], annotations, content["categories"])
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -54,8 +52,16 @@ def coco_content(path: Path) -> dict[str, list[dict]]:
         names = {image["id"]: image["file_name"] for image in content["images"]}
         if not names or len(names) < len(content["images"]):
             raise ValueError("it lists no images, or two with the same id")
-        if not all(names.values()) or not isinstance(content["annotations"], list):
-            raise ValueError("a file_name is empty, or 'annotations' is not a list")
+        if not all(names.values()) or set(map(type, names.values())) != {str}:
+            raise ValueError("a file_name is empty or not a string")
+        kinds = set(map(type, names))
+        if kinds not in ({int}, {str}):
+            raise ValueError("the ids of images must be integers or all strings")
+        # 7 and "7" are different ids, and pycocotools leaves out annotations of unlisted images
+        for number, annotation in enumerate(content["annotations"]):
+            if not isinstance(annotation, dict) or {type(annotation.get("image_id"))} != kinds:
+                found = f"{annotation!r} has no image_id of the type of the images' ids"
+                raise ValueError(f"annotations[{number}] cannot be used, {found[:200]}")
     except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} does not hold COCO's annotations ({type(error).__name__}: {error}): use a file with images, "
@@ -89,11 +95,13 @@ def _complete(annotation: dict, images) -> None:
     from pycocotools import mask as rle
 
     size = [images.imgs[annotation["image_id"]][side] for side in ("height", "width")]
+    if set(map(type, size)) != {int} or min(size) < 1:
+        raise ValueError(f"its image has the height and width {size}, not two numbers of pixels")
     annotation["segmentation"] = _checked_mask(annotation["segmentation"], size)
     annotation["iscrowd"] = annotation.get("iscrowd") or 0
     if annotation["iscrowd"] not in (0, 1):
         raise ValueError(f"iscrowd is {annotation['iscrowd']!r}, not 0 or 1")
-    if not annotation.get("bbox"):
+    if not annotation.get("bbox") or 0 in annotation["bbox"][2:]:  # COCO's train2017 has a box of height 0
         annotation["bbox"] = rle.toBbox(images.annToRLE(annotation)).tolist()
     if annotation.get("area") is None:
         annotation["area"] = float(rle.area(images.annToRLE(annotation)))
@@ -112,7 +120,8 @@ def _checked_mask(found: dict | list, size: list[int]) -> dict | list:
     if isinstance(found, dict):
         runs = found["counts"] if isinstance(found["counts"], list) else _decoded(found["counts"])
         # pycocotools does not check the sum. If it is too small, masks end with uninitialised memory.
-        valid = found["size"] == size and sum(runs) == math.prod(size) and min(runs) >= 0
+        valid = found["size"] == size and sum(runs) == math.prod(size) and set(map(type, runs)) == {int}
+        valid = valid and min(runs) >= 0
     else:
         found = [polygon for polygon in found if len(polygon) >= 6]  # pycocotools takes four numbers for a box
         largest = max((abs(value) for polygon in found for value in polygon), default=math.inf)

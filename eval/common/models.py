@@ -116,8 +116,15 @@ def _seeded(build, seed: int) -> nn.Module:
 
 def _from_run(folder: Path, version: str, seed: int) -> tuple[nn.Module, TrainConfig]:
     if version == "untrained":
-        config = run_config(folder)
-        n_classes = num_classes_of(run_weights(folder, checkpoint_steps(folder)[0])[0])
+        config, problems = run_config(folder), []
+        for step in checkpoint_steps(folder):  # the number of classes is that of the first readable checkpoint
+            try:
+                n_classes = num_classes_of(run_weights(folder, step)[0])
+                break
+            except CheckpointError as error:
+                problems.append(error)
+        else:
+            raise problems[0]
         return _seeded(lambda: build_model(config, n_classes), seed), config
     if version and not version.isdigit():
         raise UserError(
@@ -168,7 +175,7 @@ def _from_timm(name: str, version: str, arguments: dict, seed: int) -> nn.Module
                 f"{version} looks like the emergence paper's demo checkpoint, which has 6 heads; the number is not "
                 "in the file: pass --model-args heads=6, or your model's number"
             )
-    remedy = "name the model of the file, or pass its sizes with --model-args, such as heads=6 img_size=480"
+    remedy = "name the model of the file, or pass its sizes with --model-args, such as num_heads=6 img_size=480"
     return load_strictly(create(**known), weights, version, remedy, name)
 
 

@@ -1,4 +1,4 @@
-"""Find image files with their classes, and decode them to RGB in the same way for all readers.
+"""Find image files with their classes, and decode them to RGB in the same way for all sources but torchvision's.
 
 The class of an image is the first folder below its split, in the order of torchvision's `ImageFolder`. Images become
 8-bit RGB, upright by their EXIF orientation, with white behind transparent pixels. 16-bit grey is scaled to 8 bits;

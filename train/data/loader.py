@@ -77,7 +77,7 @@ class _Split(Dataset):
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         return self.batch(keys)
 
-    def flips(self, key: Key) -> bool:
+    def flipped(self, key: Key) -> bool:
         return self.hflip > 0 and np.random.default_rng((self.seed, *key)).random() < self.hflip
 
     def batch(self, keys: Sequence[Key]) -> Batch:
@@ -92,7 +92,7 @@ class _Split(Dataset):
                 except Unreadable as error:
                     problems.append(str(error))
                     continue
-                images[len(loaded)] = pixels(picture)[..., :: -1 if self.flips(key) else 1]
+                images[len(loaded)] = pixels(picture)[..., :: -1 if self.flipped(key) else 1]
                 labels.append(label)
                 loaded.append(key)
                 break
@@ -115,7 +115,7 @@ class _SceneSplit(_Split):
     def batch(self, keys: Sequence[Key]) -> Batch:
         images, labels, *masks = zip(*self.images.__getitems__([key[1] for key in keys]), strict=True)
         masks = torch.stack(masks[0]) if masks else None
-        images = [image.flip(-1) if self.flips(key) else image for image, key in zip(images, keys, strict=True)]
+        images = [image.flip(-1) if self.flipped(key) else image for image, key in zip(images, keys, strict=True)]
         return Batch(torch.stack(images), torch.tensor(labels), [], keys, masks)
 
 
@@ -123,8 +123,8 @@ class _SceneSplit(_Split):
 class DataSplits:
     """Training and validation split of a data set.
 
-    A sample is (uint8 image, label), not mirrored, by its key (epoch, index) or (epoch, index, copy). A corrupt one
-    raises `Unreadable`.
+    A sample is (uint8 image, label) by its key (epoch, index) or (epoch, index, copy); only batches are flipped. A
+    corrupt sample raises `Unreadable`.
     """
 
     train: Dataset
