@@ -171,28 +171,3 @@ def test_a_layer_under_autocast_is_within_twice_eagers_error(device):
     for name, truth in model_gradients(exact, images.double()).items():
         error, allowed = ((found[name] - truth).norm().item() for found in (actual, theirs))
         assert error <= 2 * allowed + 1e-3 * truth.norm().item(), name
-
-
-def test_ista_under_autocast_is_within_twice_eagers_error(device):
-    width = _size(768, 192)
-    x = torch.randn(_size(4, 1), 197, width, device=device)
-    dictionary = torch.randn(width, width, device=device) / width**0.5
-    cotangent = _clear_gradient(x, dictionary.bfloat16(), "bfloat16")
-    low = torch.autocast(device.type, torch.bfloat16)
-    actual, eager = (gradients(low(function), [x, dictionary], cotangent) for function in (ista, ista_reference))
-    truth = gradients(ista_reference, [x.double(), dictionary.double()], cotangent.double())
-    assert all_within_twice_eager(actual, eager, truth, "y dx dD")
-
-
-def test_a_rerun_is_bit_equal(device):
-    low = {"device": device, "dtype": torch.bfloat16}
-    width = _size(768, 64)
-    by_rows, whole = (torch.randn(_shape(16, n, 6, 64), **low) for n in (_size(785, 60), _size(197, 65)))
-    x, ones = torch.randn(_size(64, 1), _size(197, 65), width, **low), torch.ones(width, **low)
-    dictionary = (torch.randn(width, width, device=device) / width**0.5).bfloat16()
-    attentions = [(subspace_attention, [w]) for w in (by_rows, whole)]
-    for function, inputs in (*attentions, (norm_ista, [x, ones, ones, dictionary])):
-        grad = torch.randn_like(inputs[0])
-        first, *others = (gradients(function, inputs, grad) for _ in range(_size(3, 2)))
-        for again in others:
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -342,11 +342,6 @@ def test_ista_agrees_with_the_reference(size, dtype, threshold, with_norm, devic
     assert _ista_is_right(_inputs(size, dtype, device, with_norm), threshold)
 
 
-def test_norm_ista_under_autocast_agrees_with_the_reference(device, poisoned):
-    for size, threshold in (((70, 48), "soft"), ((197, 96), "relu")):
-        assert _ista_is_right(_inputs(size, SINGLE, device), threshold, autocast=True)
-
-
 @pytest.mark.parametrize("soft", [False, True])
 def test_values_that_round_to_zero_pass_no_gradient(soft, device, poisoned):
     x = torch.full((16, 32), 0.01, dtype=HALF, device=device)
