@@ -46,15 +46,6 @@ def test_more_noise_keeps_the_pixels_of_less_noise_scales_with_sigma_and_is_clip
         assert (noisy.int() - value).abs().max() < 40 * 5
 
 
-def test_bad_noise_arguments_are_errors():
-    images = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
-    for sigma, message in ((-1, "sigma=-1"), (math.inf, "sigma=inf")):
-        with pytest.raises(ValueError, match=message):
-            add_noise(images, sigma, 0.5, 0)
-    with pytest.raises(ValueError, match="float32"):
-        add_noise(images.float(), 1, 1, 0)
-
-
 def test_correlation_by_hand():
     a = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 0.0, 3.0], [0.1, 0.1, 0.1]])
     b = torch.tensor([[5.0, 7.0, 9.0], [2.0, 1.0, 0.0], [0.0, 3.0, 0.0], [0.0, 1.0, 2.0]])

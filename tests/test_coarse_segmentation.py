@@ -68,22 +68,6 @@ def _scores(maps: torch.Tensor, targets, valid=None, fraction: float = 0.6) -> d
     return score_attention([({0: maps}, targets, valid)], fraction)
 
 
-def test_average_precision_does_not_depend_on_the_spread_of_a_map():
-    maps = torch.tensor([[[0.4, 0.3, 0.3, 0.0, 0.0], [0.9, 0.08, 0.02, 0.0, 0.0]]])
-    result = _scores(maps, [torch.tensor([[True, True, True, False, False]])])
-    assert result["ap"]["layers"][0]["per_head"] == [1.0, 1.0]
-    assert result["mass"]["layers"][0]["per_head"] == pytest.approx([2 / 3, 1 / 3])
-    assert result["ap"]["constant"] == pytest.approx(3 / 5)
-    assert result["ap"]["true_mask"] == result["ap"]["mean_mask"] == 1.0
-
-
-def test_the_best_head_is_chosen_for_each_image():
-    target = torch.tensor([[True, True, False, False], [False, False, True, True]])
-    result = _scores(target.float().expand(2, 2, 4), target.unsqueeze(1), fraction=0.9)["mass"]
-    assert result["layers"][0]["per_head"] == [0.5, 0.5]  # each head is right in one image
-    assert (result["layers"][0]["best_head"], result["constant"]) == (1.0, 0.5)
-
-
 def test_scores_are_averaged_over_an_images_classes_and_then_over_images():
     """The first image has one class, the second two."""
     left, right, all_ = [1.0, 1, 0, 0], [0.0, 0, 1, 1], [1.0, 1, 1, 1]

@@ -15,7 +15,7 @@ from torchvision.transforms import PILToTensor
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data.loader import build_splits, check_batch, eval_loader, train_loader
+from crate_fast.train.data.loader import build_splits, train_loader
 from crate_fast.train.data.transforms import (
     Normalize,
     drawing_from,
@@ -100,32 +100,10 @@ def test_repeated_augmentation_shows_fewer_images_in_more_ways():
     assert list(train_loader(config, split, first_step=7).batch_sampler) == parts[14:]
 
 
-def test_copies_of_an_image_are_augmented_differently(folder):
-    config = config_of(folder, crop="random", repeats=4, hflip=0.5, epochs=4)
-    for batch in train_loader(config, build_splits(config).train):
-        assert len({image.numpy().tobytes() for image in batch.images}) == 4
-        assert len(set(batch.labels.tolist())) == 1
-
-
 @pytest.mark.gpu
 def test_batches_are_in_pinned_memory(folder):
     batch = next(iter(train_loader(config_of(folder, workers=1), build_splits(config_of(folder)).train)))
     assert all(values.is_pinned() for values in batch[:2])
-
-
-def test_masks_come_with_their_images():
-    data = build_splits(dataclasses.replace(SCENES, segmentation_samples=5))
-    (batch,) = eval_loader(SCENES, data.masks)
-    assert (batch.images.shape, batch.labels.shape, batch.masks.shape) == ((5, 3, 32, 32), (5,), (5, 32, 32))
-    assert torch.equal(batch.images[3], data.val[0, 3][0])
-    assert torch.equal(batch.masks[3], data.masks[0, 3][2])
-
-
-def test_a_batch_that_cannot_be_divided_or_filled_is_an_error():
-    with pytest.raises(UserError, match="batch_size=8 cannot be divided among 3 processes"):
-        check_batch(SCENES, 40, 3)
-    with pytest.raises(UserError, match="40 images, fewer than batch_size=64"):
-        check_batch(dataclasses.replace(SCENES, batch_size=64), 40, 1)
 
 
 def test_every_crop_has_the_requested_size(folder):
@@ -179,10 +157,7 @@ def test_policies_are_timms_or_torchvisions():
 
 
 def test_unknown_policies_are_refused_with_two_examples():
-    for policy in (
-        *("randaugment", "randaugment-n0-m14", "randaugment-n2-m31", "randaugment-m14-n2", "rand-x9", "rand-m"),
-        *("rand-tnothing", "random", "augmix", "rand-m9-"),
-    ):
+    for policy in ("randaugment-n0-m14", "randaugment-n2-m31", "randaugment-m14-n2", "rand-x9", "rand-m", "augmix"):
         message = rf"auto_augment='{policy}' is not a policy.*rand-m9-n2-mstd0.5.*randaugment-n2-m14"
         with pytest.raises(UserError, match=message):
             train_transform(TrainConfig(auto_augment=policy))

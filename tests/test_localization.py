@@ -12,7 +12,6 @@ from PIL import Image
 
 from crate_fast.eval import localization
 from crate_fast.eval.common.boxes import BoxedImages
-from crate_fast.eval.common.images import open_images
 from crate_fast.eval.localization import THRESHOLDS, evaluate, largest_boxes
 
 
@@ -122,10 +121,3 @@ def test_the_command_writes_scores_and_a_figure(tmp_path):
     found = json.loads((tmp_path / "results.json").read_text())["results"]
     assert next(iter(found.values()))["images"] == 4
     assert (tmp_path / "boxes_01.png").exists()
-
-
-def test_scenes_have_boxes_around_their_masks():
-    sample = open_images("shape_scenes", 32, 1)[0]
-    rows, columns = np.nonzero(sample.target.masks[0].numpy())
-    expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-    assert sample.target.boxes.tolist() == [expected]

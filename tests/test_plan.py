@@ -175,8 +175,6 @@ def test_images_of_an_existing_folder_are_counted(tmp_path, planned):
     [
         ("--dataset folder --images 500", "train does not exist .data_dir holds: no such folder.: pass --data-dir"),
         ("--gpus 3", "batch_size=128 cannot be divided among 3 processes × 1 accumulation steps: make it a multiple"),
-        ("--train-samples 50", "the training split has 50 images, fewer than batch_size=128"),
-        ("--gpus 0", "--gpus: 0: give a positive integer"),
         ("--optimizer lyon", "lyon"),
         ("--optimizer kron --depth 1", "optimizer='kron' cannot be planned"),
         ("--dataset folder --data-dir EMPTY", "it holds no images"),

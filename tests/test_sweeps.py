@@ -6,7 +6,6 @@ import importlib
 import json
 import shutil
 from argparse import Namespace
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -105,17 +104,14 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
         ("pca CRATE --data shape_scenes --image-size 16", "at least 3×3 patches"),
         ("pca CRATE --data shape_scenes --layers 0,2", "layer 2"),
         ("attention_maps CRATE --data shape_scenes --figure noise_share --levels 0,2", "share=2.0"),
-        ("attention_maps CRATE --data shape_scenes --figure noise_sigma --seed -1", "--seed: -1"),
         ("attention_maps CRATE --data shape_scenes --figure noise_sigma --heads best", "by number"),
         ("attention_maps CRATE --data shape_scenes --levels 1,2", "--levels has no effect on --figure heads"),
         ("attention_maps CRATE --data shape_scenes --heads 2", "--heads 2: A has heads 0 to 1"),
         ("attention_maps CRATE --data folder:DATA --heads best", "needs object masks"),
         ("attention_maps CRATE --data shape_scenes --layer 2", "layers 0 to 1"),
-        ("attention_maps NO_CLS --data shape_scenes", "no CLS token"),
         ("coarse_segmentation NO_CLS", "has no CLS token"),
         ("coarse_segmentation CRATE --data folder:DATA", "has no object masks"),
         ("coarse_segmentation A=crate_tiny_patch8_224@untrained CRATE", "two models are called"),
-        ("coarse_segmentation CRATE --layers 7", "layer 7"),
         ("localization CRATE --boxes DATA/instances_val2017.json", "must be folder:PATH"),
         ("localization CRATE --data folder:DATA", "has no boxes"),
         ("white_box CRATE --epsilon 0", "--epsilon 0.0"),
@@ -125,9 +121,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
         ("comparison CRATE --table table2 --coco coco:DATA --voc coco:DATA --voc-size 9", "size 9"),
         ("by_layer CRATE --data folder:DATA", "maskcut needs coco:PATH or shape_scenes"),
         ("by_layer CRATE --data coco:DATA/crowds", "AP is undefined"),
-        ("maskcut CRATE --data coco:DATA/crowds", "AP is undefined"),
         ("maskcut CRATE --data coco:DATA --image-size 8", "one patch cannot be cut: use larger images"),
-        ("maskcut CRATE --data coco:DATA --layer 9", "layer 9"),
         ("maskcut CRATE --data coco:DATA --device gpu", "choose auto, cpu"),
         pytest.param("maskcut CRATE --data coco:DATA --device cuda", "no GPU", marks=without_gpu),
         ("maskcut CRATE --data coco:DATA --model-args depht=2", "does not take --model-args"),
@@ -157,12 +151,6 @@ def test_weights_that_are_not_finite_are_an_error_when_opened(tmp_path):
     torch.save(model.state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"w\.pth hold NaN or infinity"):
         open_model(f"crate_tiny_patch8_224@{tmp_path / 'w.pth'}", model_args=["depth=1"])
-
-
-def test_a_wrong_fraction_is_an_error_before_images_are_read(monkeypatch):
-    monkeypatch.setattr(coarse_segmentation, "batches", lambda *_args, **_more: pytest.fail("images were read"))
-    with pytest.raises(UserError, match="fraction=2"):
-        coarse_segmentation.evaluate(SimpleNamespace(extract=SimpleNamespace(depth=1)), None, fraction=2)
 
 
 def test_the_comparison_has_the_papers_numbers_and_the_difference(data, tmp_path):
@@ -219,23 +207,12 @@ def test_records_of_a_killed_process_are_read_and_other_settings_are_errors(tmp_
     assert 5 in records.read()
 
 
-def test_the_command_line_lists_and_dispatches(capsys):
+def test_the_command_line_lists_and_dispatches(capsys):  # misspelt words: see test_options.py
     assert cli.main([]) == cli.main(["eval"]) == 0
     out = capsys.readouterr().out
     assert [name for name in cli.PROTOCOLS if f"\n  {name} " not in out] == []
     assert cli.main(["env"]) == 0
     assert "backend on cpu" in capsys.readouterr().out
-    for words, message in (
-        ("eval maskcat", "error: no protocol 'maskcat': did you mean 'maskcut'?; choose one of attention"),
-        ("evla", "error: no command 'evla': did you mean 'eval'?; choose one of env, "),
-        ("eval pca run --limit 0", "error: argument --limit: 0: give a positive integer; "),
-        ("explore --port x", "error: argument --port: "),
-        ("env x", "error: unknown argument 'x'"),
-        ("check --al", "error: unknown argument '--al': did you mean '--all'?"),
-    ):
-        assert cli.main(words.split()) == 2
-        out, err = capsys.readouterr()
-        assert (message in err, err.count("\n"), out) == (True, 1, "")
 
 
 def _raise(error):
