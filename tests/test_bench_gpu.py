@@ -11,7 +11,6 @@ import bench_mssa
 import gpu_report
 import pytest
 import torch
-import torch.nn.functional as F
 from measuring import Peer, measure_peers
 
 from crate_fast.functional import ista
@@ -106,17 +105,6 @@ def test_operations_bytes_and_floors_by_hand(run):
     assert CEILINGS.floor_ms(1e9, 1e9) == pytest.approx(1.0)
 
 
-def test_the_gradient_of_ista_is_zero_near_the_threshold(run):
-    run.dtype = torch.bfloat16
-    problem = bench_ista.make_problem("clear", bench_ista.Shape(500, 64), "ista", run)
-    x, dictionary = (tensor.detach().double() for tensor in problem.inputs)
-    argument = x + 0.1 * (x @ dictionary - x @ dictionary.t() @ dictionary) - 0.01
-    near = argument.abs() <= 4 * torch.finfo(torch.bfloat16).eps
-    assert 0 < near.double().mean() < 0.05
-    assert not problem.grad[near].any()
-    assert (problem.grad[~near] != 0).double().mean() > 0.99
-
-
 def test_a_failing_or_wrong_peer_has_rows_with_the_reason_until_the_gpu_fails(run, monkeypatch):
     def fail():
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -165,12 +153,3 @@ def test_gpu_events_time_the_call_without_preparing_its_argument(pretended_gpu):
     plan = pretended_gpu.plan(step)
     assert plan.calls == 50  # 100 ms in all, of 1 ms for the call and 1 ms for overwriting the cache
     assert (plan.flushes, pretended_gpu.peak_mib(lambda: None)) == (1, 2.0)
-
-
-def test_every_peer_of_norm_ista_applies_the_layer_norm():
-    x, weight, bias = torch.randn(5, 8), torch.rand(8), torch.randn(8)
-    dictionary = torch.randn(8, 8)
-    expected = bench_ista._released(F.layer_norm(x, (8,), weight, bias), dictionary)
-    for peer in bench_ista.peers("norm_ista"):
-        if not peer.ours and not peer.compiles:
-            torch.testing.assert_close(peer.build()(x, weight, bias, dictionary), expected, rtol=1e-4, atol=1e-5)

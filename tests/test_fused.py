@@ -14,7 +14,6 @@ from oracle import model_gradients, opcheck_tests
 from runs import free_port
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from crate_fast import CRATE, functional, kernels, triton_ops
 from crate_fast.backends import explain_backend
@@ -172,25 +171,19 @@ def test_checkpointing_gives_the_same_bits(device):
     torch.testing.assert_close(model_gradients(model, images), plain, rtol=0, atol=0)
 
 
-def _data_parallel(rank: int, port: int, images: Tensor, expected: list[Tensor]) -> None:
+def _sharded(rank: int, port: int, images: Tensor, expected: list[Tensor]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
-        for sharded in (False, True):  # DDP, FSDP2
-            model = _model("cpu", depth=1)
-            if sharded:
-                mesh = dist.init_device_mesh("cpu", (2,))
-                for layer in model.transformer.layers:
-                    fully_shard(layer, mesh=mesh)
-                runner = fully_shard(model, mesh=mesh)
-            else:
-                runner = DistributedDataParallel(model)
-            for _ in range(2):  # the second pass must not depend on the first
-                model.zero_grad()
-                runner(images[rank::2]).square().mean().backward()
-            for parameter, grad in zip(model.parameters(), expected, strict=True):
-                actual = parameter.grad.full_tensor() if sharded else parameter.grad
-                torch.testing.assert_close(actual, grad, rtol=1e-4, atol=1e-6)
+        model, mesh = _model("cpu", depth=1), dist.init_device_mesh("cpu", (2,))
+        for layer in model.transformer.layers:
+            fully_shard(layer, mesh=mesh)
+        runner = fully_shard(model, mesh=mesh)
+        for _ in range(2):  # the second pass must not depend on the first
+            model.zero_grad()
+            runner(images[rank::2]).square().mean().backward()
+        for parameter, grad in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad.full_tensor(), grad, rtol=1e-4, atol=1e-6)
         dist.barrier()  # otherwise the process that ends first aborts the other
     finally:
         dist.destroy_process_group()
@@ -198,11 +191,11 @@ def _data_parallel(rank: int, port: int, images: Tensor, expected: list[Tensor])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes would need two GPUs")
-def test_ddp_and_fsdp_have_the_gradients_of_one_process():
+def test_the_kernels_under_fsdp_have_the_gradients_of_one_process():  # DDP gives them plain parameters
     images, model = torch.randn(2, 3, 16, 16), _model("cpu", depth=1)
     (sum(model(images[rank::2]).square().mean() for rank in range(2)) / 2).backward()
     arguments = (free_port(), images, [p.grad for p in model.parameters()])
-    mp.start_processes(_data_parallel, arguments, nprocs=2, start_method="forkserver")  # preloaded by runs.py
+    mp.start_processes(_sharded, arguments, nprocs=2, start_method="forkserver")  # preloaded by runs.py
 
 
 @pytest.fixture
