@@ -189,17 +189,6 @@ def test_a_probe_that_fails_during_compilation_is_reported(tmp_path, monkeypatch
     assert all("CUDA error" in row["reason"] for row in found)
 
 
-def test_peers_compile_beside_the_probes(check, monkeypatch):
-    monkeypatch.setattr(gpu_check, "FAULTS", ())
-    monkeypatch.setattr(gpu_check, "COMPILERS", 2)
-    names = ("a", "crash", "b", "c", "d")  # the crash's worker is replaced
-    check.items = {"compiled": [item for name in names for item in _items(name, peers=["ours", name])]}
-    check.end = time.monotonic() + 60
-    check.go([Stage("probes", 30, 1, gpu_check.probes)])
-    rows = {row["item"]: row["status"] for row in gpu_report.read_rows(check.rows_file)}
-    assert rows == {f"{name} {name}": "ok" for name in "abcd"} | {"crash": "n/a"}
-
-
 def test_stages_share_the_remaining_time(check, monkeypatch):
     """Three stages of 30 s share 30 s."""
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)

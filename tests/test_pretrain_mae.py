@@ -15,7 +15,6 @@ from crate_fast.eval.common.images import batches, open_images
 from crate_fast.eval.common.models import open_model
 from crate_fast.mae import encoder_state_dict, sincos_positions
 from crate_fast.train import finetune, pretrain, pretrain_mae
-from crate_fast.train.data.loader import build_splits, eval_loader
 from crate_fast.train.faults import diagnosis
 from crate_fast.train.objective import Reconstruction, objective_for
 from crate_fast.train.reconstruction import reconstructions
@@ -104,17 +103,6 @@ def test_the_diagnosis_names_the_model_if_only_its_loss_is_not_finite():
 def _objective(**settings) -> Reconstruction:
     config = tiny_config(model="crate_mae_tiny_patch16_224", depth=1, val_samples=6, train_samples=8, **settings)
     return objective_for(build_model(config, 0), config, ALONE)
-
-
-def test_masks_of_evaluation_depend_only_on_the_image():
-    objective = _objective()
-    split = build_splits(objective.config).val
-    (whole,) = eval_loader(objective.config, split)
-    noise = objective.noise(whole)
-    for rank in (0, 1):
-        (share,) = eval_loader(objective.config, split, rank=rank, world_size=2)
-        assert torch.equal(objective.noise(share), noise[rank::2])
-    assert len(noise.unique(dim=0)) == len(whole.images)
 
 
 def test_masks_of_training_depend_on_step_and_image():
