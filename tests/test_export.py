@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,10 +104,8 @@ def test_portable_ablations_compute_the_same(options):
 class _Wrong(PortableCRATE):
     """A portable model with a fault."""
 
-    def __init__(self, *arguments, mutant="threshold"):
+    def __init__(self, *arguments, mutant):
         super().__init__(*arguments)
-        if mutant == "positions":
-            self.model.pos_embedding.copy_(self.model.pos_embedding.flip(1))
         if mutant == "threshold":
             self.model.transformer.layers[0][1].fn.shift *= 1.1
         if mutant == "scale":
@@ -115,17 +114,11 @@ class _Wrong(PortableCRATE):
             self.model.cls_token.fill_(torch.nan)
 
 
-@pytest.mark.parametrize("mutant", ["none", "positions", "threshold", "scale", "nan"])
-def test_the_comparison_finds_a_wrong_model(mutant):
-    model = _model()
-    wrong = _Wrong(model, mutant=mutant)
-    assert (compare(torch.no_grad()(wrong), model, wrong)["logits"] <= 1e-4) == (mutant == "none")
-
-
-def test_a_wrong_model_is_not_written(monkeypatch, tmp_path):
+@pytest.mark.parametrize("mutant", ["threshold", "scale", "nan"])
+def test_a_wrong_model_is_not_written(mutant, monkeypatch, tmp_path):
     (tmp_path / "model.pt2").write_text("an earlier one")
-    monkeypatch.setattr("crate_fast.export.PortableCRATE", _Wrong)
-    model = _model(depth=1)
+    monkeypatch.setattr("crate_fast.export.PortableCRATE", partial(_Wrong, mutant=mutant))
+    model = _model()
     model.set_input_size((20, 12))
     with pytest.raises(UserError, match=r"differs from the model's by .* Nothing was written"):
         export_model(model, tmp_path, formats=["torch"])

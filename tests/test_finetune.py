@@ -165,13 +165,12 @@ def test_weights_of_another_architecture_are_an_error(tmp_path):
             load_initial(build_model(tiny_config(), 12), tiny_config(init=path, head="new"))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_probe_trains_only_its_classifier(source, tmp_path, processes):
+def test_a_probe_trains_only_its_classifier(source, tmp_path):
     folder = tmp_path / "probe"
     words = ["--recipe", "probe_in1k", "--dataset", "shape_scenes", "--init", f"{source}@12", "--warmup-epochs", "1"]
     words += ["--lr", "10", "--lr-scaling", "none", "--optimizer", "lars", "--attn-drop-rate", "0.3"]
     words += ["--output", str(folder), "--workers", "0"]
-    text = run(*words, script="linear_probe", processes=processes)
+    text = run(*words, script="linear_probe", processes=2)
     assert "new classifier (12 → 12 classes)" in text
     before, first, last = weights(source, 12, "ema"), weights(folder, 6), weights(folder, 12)
     for name in before.keys() - set(HEAD):
