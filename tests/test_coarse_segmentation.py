@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from test_images import make_voc
+from image_data import write_voc
 
 from crate_fast.eval import coarse_segmentation
 from crate_fast.eval.common.images import open_images
@@ -102,7 +102,7 @@ def test_void_patches_objects_without_a_patch_and_images_without_objects_are_not
 
 
 def test_scores_do_not_depend_on_the_batch_size(tmp_path):
-    (make_voc(tmp_path) / "VOC2012/ImageSets/Segmentation/val.txt").write_text("c\na\nc\nb\n")  # c has no object
+    (write_voc(tmp_path) / "VOC2012/ImageSets/Segmentation/val.txt").write_text("c\na\nc\nb\n")  # c has no object
     loaded, images = open_model(MODEL, image_size=32, model_args=SMALL), open_images(f"voc:{tmp_path}", 32)
     whole, parts = (coarse_segmentation.evaluate(loaded, images, batch_size=size) for size in (10, 1))
     for reading in whole:
@@ -112,7 +112,7 @@ def test_scores_do_not_depend_on_the_batch_size(tmp_path):
 
 
 def test_the_command_writes_scores_tables_and_figures(tmp_path, capsys, drawn):
-    words = [f"A={MODEL}", f"B={MODEL}", "--model-args", *SMALL, "--data", f"voc:{make_voc(tmp_path / 'data')}"]
+    words = [f"A={MODEL}", f"B={MODEL}", "--model-args", *SMALL, "--data", f"voc:{write_voc(tmp_path / 'data')}"]
     words += ["--figure-images", "1"]
     assert coarse_segmentation.main([*words, "--output", str(tmp_path / "out")]) == 0
     content = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -10,10 +10,8 @@ import pytest
 import torch
 import torch.fx
 import torch.nn.functional as F
-from oracle import model_gradients
 from released import ReleasedCRATE
 from runs import losses
-from torch._inductor.compile_fx import compile_fx
 
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.functional import subspace_attention
@@ -44,21 +42,6 @@ def test_the_model_agrees_with_the_cpu():
         expected = model.cpu()(images)
     torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(low.float().cpu(), expected, rtol=0.1, atol=0.1)
-
-
-def test_the_compiled_model_agrees_with_eager_under_autocast():
-    images, graphs, model = torch.randn(8, 3, 32, 32, device="cuda"), [], CRATE(**NETWORK).cuda()
-
-    def backend(graph: torch.fx.GraphModule, example: list):
-        graphs.append(str(graph.graph))
-        return compile_fx(graph, example)
-
-    runners = (model, torch.compile(model, fullgraph=True, backend=backend))
-    eager, whole = (model_gradients(runner, images, torch.bfloat16) for runner in runners)
-    assert "crate_fast.compression_fwd" in graphs[0]  # the kernels, not PyTorch's operators
-    torch.testing.assert_close(whole.pop("output"), eager.pop("output"), rtol=0.05, atol=0.05)
-    for name, grad in eager.items():
-        assert (whole[name] - grad).norm() <= 0.05 * grad.norm(), name
 
 
 def test_a_cuda_graph_replays_the_kernels():

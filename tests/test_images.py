@@ -10,7 +10,7 @@ from collections import UserList
 import numpy as np
 import pytest
 import torch
-from image_data import coco_box, encoded, write_tree
+from image_data import coco_box, encoded, write_tree, write_voc
 from PIL import Image, ImageOps
 from pycocotools import mask as rle
 
@@ -22,24 +22,8 @@ from crate_fast.train.data.image_files import as_stored, find_images, read_image
 from crate_fast.train.data.sources import FolderSource, TorchvisionSource
 
 
-def make_voc(root):
-    """Write VOC2012 with three images: class 1 on the left half and a void stripe; classes 3 and 20; no object."""
-    base, labels = root / "VOC2012", np.zeros((3, 40, 60), np.uint8)
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (base / folder).mkdir(parents=True)
-    labels[0, :, :30], labels[0, :, 28:32] = 1, 255
-    labels[1, :20, :20], labels[1, 20:, 40:] = 3, 20
-    for name, label in zip("abc", labels, strict=True):
-        Image.fromarray(np.full((40, 60, 3), 99, np.uint8)).save(base / "JPEGImages" / f"{name}.jpg")
-        picture = Image.fromarray(label, mode="P")
-        picture.putpalette([0, 0, 0, 128, 0, 0, *([64] * (254 * 3))])
-        picture.save(base / "SegmentationClass" / f"{name}.png")
-    (base / "ImageSets/Segmentation/val.txt").write_text("a\nb\nc\n")
-    return root
-
-
 def test_voc_has_classes_masks_and_void_and_a_wrong_annotation_is_a_problem(tmp_path):
-    root = make_voc(tmp_path) / "VOC2012"
+    root = write_voc(tmp_path) / "VOC2012"
     images = open_images(f"voc:{tmp_path}", 32)
     assert images.keys() == ["a", "b", "c"]
     first, second, third = (images[i] for i in range(3))
@@ -96,7 +80,7 @@ def test_masks_fit_the_object_in_every_orientation(tmp_path, orientation, stored
     exif[0x0112] = orientation
     if stored_as is not None:
         picture = picture.transpose(stored_as)
-    voc, coco = make_voc(tmp_path) / "VOC2012", tmp_path / "coco"
+    voc, coco = write_voc(tmp_path) / "VOC2012", tmp_path / "coco"
     changed_coco(coco, lambda content, _: {"annotations": [coco_box(1, 5, 7, 0, 0, 15, 10)]})
     Image.fromarray(corner, mode="P").save(voc / "SegmentationClass" / "a.png")
     for path in (voc / "JPEGImages" / "a.jpg", coco / "val2017" / "x.jpg"):

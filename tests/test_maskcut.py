@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from image_data import coco_box, encoded, write_tree
+from image_data import write_coco
 from maskcut_oracle import affinity, maskcut_oracle, second_eigenvector
 from oracle import mutant
 from PIL import Image
@@ -167,26 +167,9 @@ def test_masks_are_enlarged_and_encoded():
     assert half[0, 5:15, :10].sum() == half[0].sum() == 100
 
 
-def _coco(root):
-    """Write a COCO folder with coloured boxes of several categories, a crowd, and an image without objects."""
-    draw, images, annotations, files = np.random.default_rng(0), [], [], {}
-    for i in range(1, 7):
-        picture = np.full((64, 64, 3), 90, np.uint8)
-        for k in range(0 if i == 6 else 2):
-            x, y, w, h = (int(v) for v in (*draw.integers(0, 34, 2), *draw.integers(16, 28, 2)))
-            picture[y : y + h, x : x + w] = draw.integers(0, 255, 3)
-            crowd = int(i == 2 and k == 1)
-            annotations.append(coco_box(len(annotations) + 1, i, 1 + (i + k) % 3, x, y, w, h, crowd))
-        images.append({"id": i, "file_name": f"{i:012d}.jpg", "height": 64, "width": 64})
-        files[f"val2017/{i:012d}.jpg"] = encoded(Image.fromarray(picture), "JPEG")
-    categories = [{"id": c, "name": f"thing{c}"} for c in (1, 2, 3)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    return write_tree(root, files | {"instances_val2017.json": json.dumps(content).encode()})
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return _coco(tmp_path_factory.mktemp("coco"))
+    return write_coco(tmp_path_factory.mktemp("coco"))
 
 
 def test_average_precision_equals_pycocotools_with_one_category(folder):
@@ -279,7 +262,7 @@ def test_a_killed_run_on_a_data_set_continues_to_the_same_results(folder, whole,
 
 
 def test_unreadable_images_are_counted_also_in_a_resumed_run(tmp_path, capsys, refuses):
-    folder, output = _coco(tmp_path / "coco"), tmp_path / "out"
+    folder, output = write_coco(tmp_path / "coco"), tmp_path / "out"
     refuses("tau=3.0: give a cosine from -1 to 1", protocol.main, _words(folder, output, "--tau", "3"))
     (folder / "val2017" / f"{1:012d}.jpg").write_bytes(b"not an image")
     first = _run(folder, output)

@@ -10,7 +10,7 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
-from test_maskcut import _coco as make_coco_boxes
+from image_data import write_coco
 from torch.utils.data import DataLoader, Dataset
 
 from crate_fast import cli
@@ -34,8 +34,8 @@ def _results(folder) -> dict:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Folder of COCO images and boxes; in its folder `crowds` all annotations are crowds."""
-    root = make_coco_boxes(tmp_path_factory.mktemp("coco"))
-    file = make_coco_boxes(root / "crowds") / "instances_val2017.json"
+    root = write_coco(tmp_path_factory.mktemp("coco"))
+    file = write_coco(root / "crowds") / "instances_val2017.json"
     content = json.loads(file.read_text())
     for entry in content["annotations"]:
         entry["iscrowd"] = 1
