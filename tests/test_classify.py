@@ -29,8 +29,6 @@ def test_knn_by_hand(monkeypatch):
             assert found[k].tolist() == [0, 1, 2]
     even = knn_predictions(train, labels, val, [5], temperature=1e3)  # nearly equal weights
     assert even[5].tolist() == [0, 1, 1]  # class 2: two distant neighbours outvote the nearest
-    with pytest.raises(ValueError, match="--k 6: there are 5 training images"):
-        knn_predictions(train, labels, val, [6])
 
 
 def test_a_linear_probe_finds_a_planted_direction_and_nothing_in_noise():

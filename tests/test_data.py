@@ -1,7 +1,6 @@
 """Loaders, transforms, mixing of batches: they depend only on seed and step; corrupt images are counted."""
 
 import dataclasses
-import json
 import random
 from types import SimpleNamespace
 
@@ -25,7 +24,6 @@ from crate_fast.train.data.transforms import (
     policy_transform,
     train_transform,
 )
-from crate_fast.train.faults import UnreadableTally
 from crate_fast.train.objective import Classification
 
 SCENES = TrainConfig(train_samples=40, val_samples=11, batch_size=8, epochs=2, image_size=32, workers=0, hflip=0.5)
@@ -180,15 +178,6 @@ def test_augmentation_depends_only_on_the_samples_key(policy):
     assert len(set(first)) == len(names)
 
 
-def test_drawing_from_restores_pytorchs_generator_and_seeds_every_device_alike():
-    expected = torch.get_rng_state()
-    with drawing_from(0, 1, 2):
-        here = torch.rand(3)
-    with drawing_from(0, 1, 2, on_devices=True):
-        assert torch.equal(torch.rand(3), here)
-    assert torch.equal(torch.get_rng_state(), expected)
-
-
 def test_pixels_equal_torchvisions():
     assert np.array_equal(pixels(PICTURE), PILToTensor()(PICTURE).numpy())
 
@@ -210,29 +199,6 @@ def test_normalisation_and_its_inverse():
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
     for name in ("imagenet", "cifar10", "half"):
         assert torch.equal(Normalize(name).undo(Normalize(name)(images)), images)
-
-
-def test_a_corrupt_image_counts_once_per_epoch_and_too_many_are_an_error(tmp_path):
-    def count(tally: UnreadableTally, epoch: int, *numbers: int) -> int:
-        tally.pending += [f"{i}.jpg: OSError: broken" for i in numbers]
-        return tally.count(epoch)
-
-    file = tmp_path / "unreadable.txt"
-    tally, again = (UnreadableTally(0.02, 100, file, ALONE) for _ in range(2))
-    assert count(tally, 0, 1, 1, 2) == 3
-    assert count(tally, 0, 2, 1) == 2
-    assert count(tally, 1, 2, 3) == 2
-    assert list(tally.met) == file.read_text().splitlines() == [f"{i}.jpg: OSError: broken" for i in (1, 2, 3)]
-    with pytest.raises(UserError, match=r"3 of 100 images \(3\.00%\).*epoch 1.*--max-unreadable.*2\.jpg.*7\.jpg"):
-        count(tally, 1, 7)
-    again.met = json.loads(json.dumps(tally.met))  # as a checkpoint keeps it
-    with pytest.raises(UserError, match="3 of 100"):
-        count(again, 1, 2)
-    assert file.read_text().splitlines() == list(tally.met)  # each once
-    none = UnreadableTally(0.0, 10**6, file, ALONE)
-    assert count(none, 0) == 0
-    with pytest.raises(UserError, match="1 of 1000000"):
-        count(none, 0, 4)
 
 
 # --- random erasing, mixup and cutmix of batches ---

@@ -87,7 +87,6 @@ def test_wrong_model_names_are_errors(tiny_run):
         (NAME, f"choose weights: {NAME}@FILE"),
         (f"{NAME}@pretrained", f"Give a file of its weights, as in {NAME}@FILE"),
         (f"{NAME}.nope@untrained", "nor a timm model"),
-        ("shipped:", "choose one of .*shipped:CRATE"),
         ("shipped:../CRATE", "choose one of .*shipped:CRATE"),
         ("shipped:CRATE@4", "write shipped:CRATE or shipped:CRATE@untrained"),
     ):

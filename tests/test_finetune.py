@@ -181,7 +181,7 @@ def test_a_probe_trains_only_its_classifier(source, tmp_path):
     assert same(dict(open_model(f"{folder}@12").model.state_dict()), last)
 
 
-def test_the_probe_is_that_of_mae():  # its recipe: test_config.py
+def test_the_probe_is_that_of_mae():  # its recipe: test_options.py
     model = build_model(tiny_config(frozen=True), 12)
     norm, linear = model.get_classifier()
     assert (norm.affine, norm.eps, linear.weight.std() < 0.02, linear.bias.abs().max()) == (False, 1e-6, True, 0)

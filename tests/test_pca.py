@@ -9,16 +9,9 @@ import torch
 
 from crate_fast.eval.common.features import Features, LayerTokens
 from crate_fast.eval.common.images import Batch, Sample, SceneImages, Target
-from crate_fast.eval.pca import TooFewPatchesError, evaluate, foreground, main, pca_rgb, principal_components
+from crate_fast.eval.pca import TooFewPatchesError, evaluate, foreground, main, pca_rgb
 
 CRATE = ["A=crate_tiny_patch8_224@untrained", "--model-args", "depth=3", "dim=32", "heads=2", "img_size=32"]
-
-
-def test_principal_components_by_hand():
-    tokens = torch.tensor([[2.0, 0, 0], [-2.0, 0, 0], [0, -1.0, 0], [0, -1.0, 0]])
-    components, shares = principal_components(tokens, 2)
-    assert components.T.tolist() == [[1, 0, 0], [0, 1, 0]]  # the largest entry is positive
-    assert shares.tolist() == pytest.approx([0.8, 0.2])
 
 
 def test_the_planted_foreground_is_found_for_both_signs():

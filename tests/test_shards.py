@@ -184,8 +184,8 @@ def test_samples_without_image_or_label_are_errors(tmp_path):
 
 def test_wrong_labels_are_errors(tmp_path):
     for suffix, content in (
-        *(("cls", b"cat"), ("cls", b"-1"), ("cls", b"3000000000"), ("cls", b"1" + b"0" * 30)),
-        *(("json", b"{}"), ("json", b'{"label": "3"}'), ("json", b"[]"), ("json", b"[" * 100_000)),
+        *(("cls", b"cat"), ("cls", b"-1"), ("cls", b"1" + b"0" * 30)),
+        *(("json", b"{}"), ("json", b'{"label": "3"}'), ("json", b"[" * 100_000)),
     ):
         shard = write_tar(tmp_path / "train-0.tar", [("1.png", b""), (f"1.{suffix}", content)])
         with pytest.raises(UserError, match=rf"1.{suffix} holds .*integer from 0"):

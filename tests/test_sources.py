@@ -187,7 +187,6 @@ def test_folders_and_archives_have_the_same_classes_and_order(tmp_path, layout):
         (["a/x.jpg", "y.jpg", "z.jpg"], "2 of its images are in no class folder, such as y.jpg"),
         (["a/x.jpg", "b/x.heic"], r"1 class folders hold no images, such as \['b'\].*formats are ignored: 1 \.heic"),
         (["a/notes.txt"], "it holds no images"),
-        ([], "it holds no images"),
     ],
 )
 def test_data_without_classes_are_an_error(tmp_path, names, message):

@@ -131,7 +131,6 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
         ("classify CRATE --dataset shape_scenes", "has 3 classes and the data set 12.*--protocol knn,linear"),
         ("classify CRATE --dataset shape_scenes --protocol svm", "--protocol 'svm'"),
         ("classify CRATE --dataset folder --data-dir absent", "does not exist"),
-        ("classify CRATE --dataset shape_scenes --protocol knn --val-samples 8 --train-limit 5 --k 10", "--k 10"),
         ("classify CRATE --dataset shape_scenes --protocol knn --train-samples 30 --k 5,31", "--k 31"),
         ("classify NO_CLS --dataset shape_scenes --protocol knn", "pass --pool mean"),
     ],
