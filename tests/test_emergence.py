@@ -25,7 +25,7 @@ from crate_fast.eval.emergence import runs as runs_module
 from crate_fast.eval.emergence.command import main
 from crate_fast.eval.emergence.data import PhotographData, prepare_photographs
 from crate_fast.eval.emergence.protocol import MODELS, SIZES, Protocol, Run, settings_table
-from crate_fast.eval.emergence.results import Results, at_accuracy, at_checkpoint, held_out_accuracies
+from crate_fast.eval.emergence.results import Results
 from crate_fast.eval.emergence.runs import Folders, Job, Resources, train_and_score
 from crate_fast.train.data.loader import build_splits
 from crate_fast.train.faults import Interruption, NonFiniteError
@@ -73,34 +73,20 @@ def test_the_page_of_the_protocol_has_its_settings():
     assert Protocol.of_settings(json.loads((PAGES / "protocol.json").read_text())) == SIZES["small"]
 
 
-def checkpoint(best: float, heads: list[float], selected: list[float], layers: int = 2) -> dict:
-    """Return a checkpoint whose heads score `heads` on test and `selected` on selection images; layer 1 has half."""
+def results_with(scores: dict[str, list[float]]) -> Results:
+    """Return results with the given primary scores in percent, for each model and seed; untrained ones have 15."""
     baselines = {"constant": 0.1, "random": 0.12, "mean_mask": 0.3, "true_mask": 0.6}
 
-    def rows(values: list[float]) -> dict:
-        halves = [(i, i + 1) for i in range(layers)]
-        found = [{"layer": i, "best_head": best / n, "per_head": [v / n for v in values]} for i, n in halves]
-        return {threshold: {"layers": found, **baselines} for threshold in ("ap", "mass", "topk")}
+    def checkpoint(score: float) -> dict:
+        found = {"layers": [{"layer": 0, "best_head": score}], **baselines}
+        return {"default_layer": 0, "test": dict.fromkeys(("ap", "mass", "topk"), found)}
 
-    return {"default_layer": 1, "test": rows(heads), "selection": rows(selected), "accuracy": 0.5}
-
-
-def results_with(scores: dict[str, list[float]]) -> Results:
-    """Return results with the given primary scores at the default layer, in percent, for each model and seed."""
     results = {}
     for model, values in scores.items():
         for seed, value in enumerate(values):
-            checkpoints = [checkpoint(best, [0.1, 0.2], [0.2, 0.1]) for best in (0.3, 2 * value / 100)]
+            checkpoints = [checkpoint(score) for score in (0.15, value / 100)]
             results[Run(model, seed).name] = {"model": model, "checkpoints": checkpoints}
     return Results(results, TWO_SEEDS)
-
-
-def test_the_fixed_head_is_chosen_on_the_selection_images():
-    result = results_with({model: [40.0, 40.0] for model in MODELS}).run("CRATE", 0)
-    # head 0 is best on selection images, head 1 on test images
-    assert at_checkpoint("AP, fixed head")(result) == pytest.approx(100 * 0.1 / 2)
-    assert at_checkpoint("mIoU mass, best head")(result) == pytest.approx(40.0)
-    assert at_checkpoint("mIoU mass, best head", layer="chosen")(result) == pytest.approx(80.0)  # layer 0
 
 
 def test_claims_hold_for_good_scores_only():
@@ -135,28 +121,6 @@ def test_a_diverged_sweep_is_not_chosen_and_any_other_diverged_run_fails(tmp_pat
     assert results.chosen_lr("ViT") == 1e-3
     with pytest.raises(NonFiniteError):
         train_and_score(sweep._replace(run=Run("ViT", 0)))
-
-
-def learning(accuracies: list[float], scores: list[float]) -> dict:
-    """Return a result with scores and held-out accuracies in percent at steps 4, 8, …; at step 0 they are 0 and 5."""
-    found = [checkpoint(score / 100, [0.5], [0.5], 1) for score in (0.0, *scores)]
-    for number, where in enumerate(found):
-        where |= {"step": 4 * number, "default_layer": 0, "accuracy": 0.05}
-    rows = [{"step": 4 * n, "val_accuracy": value / 100} for n, value in enumerate(accuracies, start=1)]
-    return {"checkpoints": found, "validation": rows}
-
-
-def test_scores_at_an_accuracy_are_interpolated_between_checkpoints():
-    result = learning([10.0, 20.0, 18.0, 30.0], [40.0, 60.0, 70.0, 80.0])
-    assert held_out_accuracies(result) == pytest.approx({0: 5.0, 1: 10.0, 2: 20.0, 3: 18.0, 4: 30.0})
-    found = [at_accuracy("AP, best head", accuracy)(result) for accuracy in (7.5, 15.0, 20.0, 24.0, 5.0, 31.0)]
-    assert found[:4] == pytest.approx([20.0, 50.0, 60.0, 75.0])
-    assert found[4:] == [None, None]
-    runs = {Run(model, seed).name: result for model in MODELS for seed in TWO_SEEDS.seeds}
-    assert Results(runs, TWO_SEEDS).common_accuracy() == pytest.approx(30.0)
-    runs["photographs-ViT-seed1"] = learning([10.0, 25.0], [10.0, 20.0])
-    runs["photographs-CRATE-alpha-seed0"] = learning([10.0, 12.0], [10.0, 20.0])  # not compared
-    assert Results(runs, TWO_SEEDS).common_accuracy() == pytest.approx(25.0)
 
 
 # --- the committed report ---
