@@ -1,19 +1,26 @@
-"""The benchmark of whole models on a CPU: smoke run, gate, failing peers, operations, tables."""
+"""The benchmarks of whole models and of operators on a CPU: smoke runs, gates, failing peers, operations, tables."""
 
 import itertools
+import json
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 
 import harness
 
+import bench_ista
 import bench_model
+import bench_mssa
 import gpu_report
 import measuring
 import model_problem
 import pytest
 import torch
+from measuring import Peer, measure_peers
 from model_problem import COMPILED, INFERENCE, OURS, RELEASED, TRAINING, UNFUSED, VISIBLE, VIT, Size, make_problem
 
+from crate_fast.functional import ista
+from crate_fast.reference import subspace_attention_reference
 from crate_fast.train.cost import count_flops
 
 TINY = Size(32, 2, 2, 16, batch=3, image=64, classes=10)  # 17 tokens, 51 in the batch
@@ -147,3 +154,144 @@ def test_bytes_of_models_by_hand():
     activations = 5 * 4 * size.batch * size.width
     assert whole.moved_bytes - visible.moved_bytes == activations * size.depth * 147  # hidden in the encoder
     assert _work(RELEASED, size, TRAINING) == whole
+
+
+# --- operators: smoke runs, wrong kernels, floors, failing peers, tables ---
+
+BOTH = "forward + backward"
+CEILINGS = harness.Ceilings(100.0, 1000.0)  # TFLOP/s, GB/s
+
+
+@pytest.mark.parametrize("bench", [bench_mssa, bench_ista])
+def test_a_smoke_run_measures_its_peers_and_writes_nothing(bench, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "write_results", None)
+    assert bench.main(["--smoke"]) == 0
+    text = capsys.readouterr().out
+    problems, peers = list(bench_mssa.SMOKE), bench_mssa.PEERS
+    if bench is bench_ista:
+        problems, peers = ["tiny ista", "tiny norm_ista"], bench_ista.peers("ista")
+    elsewhere = () if torch.cuda.is_available() else ("SDPA, cuDNN", "SDPA, efficient")  # only on a GPU
+    for problem, what, peer in itertools.product(problems, ("forward", "backward", BOTH), peers):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {problem} | {what} | {peer.name} |")]
+        assert (" n/a " in line) == (peer.compiles or peer.name in elsewhere)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("benchmark_module", [bench_mssa, bench_ista])
+def test_without_a_gpu_the_results_are_named_cpu(benchmark_module, monkeypatch, tmp_path, capsys):
+    tiny = bench_mssa.Shape(1, 2, 33, 32) if benchmark_module is bench_mssa else bench_ista.Shape(70, 32)
+    monkeypatch.setattr(benchmark_module, "CPU_SHAPES", {"tiny": tiny})
+    with pytest.raises(SystemExit, match="TRITON_INTERPRET is set"):
+        benchmark_module.main([])
+    monkeypatch.setattr(harness, "INTERPRETED", False)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(harness, "MEASUREMENT_MS", 2.0)
+    monkeypatch.setattr(harness.Run, "measure_ceilings", lambda run: setattr(run, "ceilings", CEILINGS))
+    assert benchmark_module.main(["--rounds", "1", "--output", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*_cpu.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert all(row["latency_ms"] > 0 and row["dtype"] == "float32" for row in rows)
+    assert "GFLOP/s" in file.with_suffix(".md").read_text()
+    with pytest.raises(SystemExit):
+        benchmark_module.main(["--shapes", "B8"])
+    assert "--shapes B8: on this device there are tiny" in capsys.readouterr().err
+
+
+def _attend(w, scale=1.0):
+    return subspace_attention_reference(w, scale * w.shape[-1] ** -0.5)
+
+
+def _reason(problem, function, run) -> str | None:
+    """Return why `function` is red as ours, or None if it is right."""
+    row = measure_peers(problem, [Peer("ours", lambda: function)], run)[0]
+    assert (row["latency_ms"] is None) == (row["reason"] is not None) == row.get("red", False)
+    return row["reason"]
+
+
+def test_the_gate_compares_ours_with_the_float64_reference_and_with_a_second_run(run, monkeypatch):
+    problem = bench_mssa.make_problem("truth", bench_mssa.Shape(2, 3, 33, 32), run)
+    calls = itertools.count()
+    assert "other bits" in _reason(problem, lambda w: _attend(w) + 1e-9 * next(calls), run)
+    w = problem.inputs[0].detach().double().requires_grad_()
+    expected = subspace_attention_reference(w)
+    (dw,) = torch.autograd.grad(expected, w, problem.grad.double())
+    torch.testing.assert_close(problem.expected[1], [expected.detach(), dw])
+    monkeypatch.setattr(bench_mssa, "CHECKED_LOGITS", 0)  # as for long sequences: first and last head
+    problem = bench_mssa.make_problem("long", bench_mssa.Shape(3, 3, 33, 32), run)
+    assert problem.expected[1][0].shape == (2, 33, 2, 32)
+    assert _reason(problem, _attend, run) is None
+    assert "what is allowed" in _reason(problem, partial(_attend, scale=1.02), run)
+
+
+def test_if_ours_is_wrong_the_exit_status_is_1(monkeypatch, capsys):
+    monkeypatch.setattr(bench_mssa, "subspace_attention", lambda w, backend: _attend(w, scale=1.02))
+    monkeypatch.setattr(bench_ista, "ista", lambda x, d, backend, **options: ista(x, d.t(), **options))
+    monkeypatch.setattr(bench_mssa, "SMOKE", {"tiny": bench_mssa.Shape(1, 1, 33, 32)})
+    assert bench_mssa.main(["--smoke"]) == bench_ista.main(["--smoke"]) == 1
+    assert "* **red**: tiny, ours: WrongResult: the error of O is" in capsys.readouterr().out
+
+
+def test_operations_bytes_and_floors_by_hand(run):
+    problem = bench_mssa.make_problem("cost", bench_mssa.Shape(2, 3, 70, 48), run)
+    cost = problem.cost
+    nominal = 70**2 * 48 * 3 * 2
+    assert (cost["forward"].flops, cost["backward"].flops) == (4 * nominal, 10 * nominal)
+    tokens = 4 * 2 * 70 * 3 * 48
+    assert (cost["forward"].moved_bytes, cost["backward"].moved_bytes) == (2 * tokens, 4 * tokens)
+    assert problem.cost_of(bench_mssa.PEERS[0], BOTH) == cost["forward"] + cost["backward"]
+    cost = bench_ista.make_problem("cost", bench_ista.Shape(70, 48), "norm_ista", run).cost
+    product, fold = 2 * 70 * 48**2, 2 * 48**3
+    assert (cost["forward"].flops, cost["backward"].flops) == (product + fold, 2 * product + fold)
+    assert cost["forward"].moved_bytes == 4 * (2 * 70 * 48 + 48**2)
+    assert CEILINGS.floor_ms(1e12, 1e6) == pytest.approx(10.0)
+    assert CEILINGS.floor_ms(1e9, 1e9) == pytest.approx(1.0)
+
+
+def test_a_failing_or_wrong_peer_has_rows_with_the_reason_until_the_gpu_fails(run, monkeypatch):
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    late = iter([False] * 2 + [True] * 100)
+
+    def fails_later(w):
+        return fail() if next(late) else _attend(w)
+
+    peers = [
+        Peer("ours", lambda: _attend),
+        Peer("fails", fail),
+        Peer("fails later", lambda: fails_later),
+        Peer("wrong", lambda: partial(_attend, scale=3.0)),
+        Peer("right", lambda: _attend),
+        Peer("left out", fail, compiles=True),
+        Peer("ours, another form", lambda: partial(_attend, scale=3.0)),
+    ]
+    problem = bench_mssa.make_problem("p", bench_mssa.Shape(1, 2, 33, 32), run)
+    run.rows = measure_peers(problem, peers, run)
+    assert len(run.rows) == 3 * len(peers)
+    reasons = {row["peer"]: row["reason"] for row in run.rows}
+    assert all("out of memory" in reasons[name] for name in ("fails", "fails later"))
+    assert "differs from float64" in reasons["wrong"]
+    assert reasons["right"] is None
+    assert {row["peer"] for row in run.rows if row.get("red")} == {"ours, another form"}
+    assert all((row["latency_ms"] is None) == (row["reason"] is not None) for row in run.rows)
+    assert run.rows[0].keys() >= {"commit", "device", "driver", "torch", "triton", "ptxas", "floor_ms", "n_tokens"}
+    assert "* n/a: p, wrong:" in gpu_report.times(run.rows)
+    peers[0] = Peer("ours", fail)
+    rows = {row["peer"]: row for row in measure_peers(problem, peers, run)}
+    assert rows["ours"]["red"]
+    assert "out of memory" in rows["ours"]["reason"]
+    assert rows["right"]["latency_ms"] > 0
+    assert rows["right"]["ours_faster"] is None
+    monkeypatch.setattr(run.timer, "synchronize", fail)  # the GPU no longer responds to this process
+    with pytest.raises(torch.OutOfMemoryError):
+        measure_peers(problem, peers, run)
+
+
+def test_gpu_events_time_the_call_without_preparing_its_argument(pretended_gpu):
+    seen = []
+    step = harness.Step(lambda argument: seen.append(f"call {argument}"), lambda: seen.append("prepare") or "it")
+    assert pretended_gpu.sample(step, 2, 3) == [1.0, 1.0]
+    assert seen == ["prepare", "call it"] * 2
+    plan = pretended_gpu.plan(step)
+    assert plan.calls == 50  # 100 ms in all, of 1 ms for the call and 1 ms for overwriting the cache
+    assert (plan.flushes, pretended_gpu.peak_mib(lambda: None)) == (1, 2.0)

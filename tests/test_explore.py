@@ -248,10 +248,6 @@ def test_caches_are_bounded():
     for number in range(5):
         explorer.inspection(0, f"s{number}")
     assert list(explorer.inspections.values) == [(0, "s3"), (0, "s4")]
-    explorer.models.limit = 2
-    for number in (1, 0, 2):
-        explorer.model(number)
-    assert list(explorer.models.values) == [0, 2]
     files = [picture_file(number) for number in range(3)]
     explorer.pictures._uploads.limit = 2
     keys = [explorer.pictures.add(data, "a.png") for data in files]
