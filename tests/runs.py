@@ -22,7 +22,6 @@ from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from crate_fast.train import report
 from crate_fast.train.config import TrainConfig
@@ -81,20 +80,17 @@ def without_figures() -> None:
 class Forked:
     """A run with the interface of `Popen`, in processes forked from one that has imported everything.
 
-    The processes have torchrun's environment and first run the Python code `before`. With
-    `restarts` one process is torchrun's agent: it forks the others and restarts them that often.
+    The processes have torchrun's environment and first run the Python code `before`.
     """
 
-    def __init__(self, argv: list[str], processes=1, script="pretrain", before="", restarts=None):
+    def __init__(self, argv: list[str], processes=1, script="pretrain", before=""):
         port = str(free_port())
         self.log = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115  (stays open)
         self.processes = []
-        for rank in range(processes if restarts is None else 1):
+        for rank in range(processes):
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             numbers |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment = {name: str(value) for name, value in numbers.items()} if processes > 1 else {}
-            if restarts is not None:
-                environment = {"AGENT": f"{processes} {restarts} {port}"}
             arguments = (script, argv, environment, self.log.name, before)
             self.processes.append(_FORKED.Process(target=_main, args=arguments))
             self.processes[-1].start()
@@ -128,30 +124,13 @@ def _main(script: str, argv: list[str], environment: dict[str, str], log: str, b
     multiprocessing.set_start_method("fork", force=True)  # the data loaders' default
     without_figures()
     exec(before, {})
-    main = importlib.import_module(f"crate_fast.train.{script}").main
-    sys.exit(_under_agent(main, argv) if "AGENT" in os.environ else main(argv))
+    sys.exit(importlib.import_module(f"crate_fast.train.{script}").main(argv))
 
 
 def _write_to(log: str) -> None:
     stream = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-
-
-def _under_agent(main: Callable[[list[str]], int], argv: list[str]) -> None:
-    """Act as `torchrun --max-restarts` with processes forked from this one."""
-    processes, restarts, port = map(int, os.environ["AGENT"].split())
-    where = {"rdzv_backend": "static", "rdzv_endpoint": f"127.0.0.1:{port}", "rdzv_configs": {"rank": 0}}
-    config = LaunchConfig(
-        1, 1, processes, run_id="none", max_restarts=restarts, monitor_interval=0.1, start_method="fork", **where
-    )
-
-    def until_its_end(argv: list[str]) -> None:
-        status = main(argv)
-        sys.stdout.flush()
-        os._exit(status)  # returning would wait for the agent, which a signal may have ended
-
-    elastic_launch(config, until_its_end)(argv)
 
 
 class ForkedPython:

@@ -26,7 +26,8 @@ from crate_fast.train import checkpoint
 KINDS = ("kill -9 of one process", "kill -9 of all", "SIGTERM to torchrun")
 
 
-def _start(folder: Path, words: list[str], log: Path) -> subprocess.Popen:
+def torchrun(folder: Path, words: list[str], log: Path) -> subprocess.Popen:
+    """Start or continue a run of two processes under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "100"]
     command += ["--master_port", str(free_port()), str(ROOT / "train" / "pretrain.py"), *words]
     command += ["--output", str(folder), "--resume", "--device", "cpu"]
@@ -59,14 +60,14 @@ def disturb(folder: Path, words: list[str], every: float, seed: int) -> dict:
     """Run to the end through kills, on average `every` seconds apart; return counts and times for the report."""
     draw, kinds, saving, lost = random.Random(seed), Counter(), 0, []
     began, log = time.time(), folder.with_suffix(".log")
-    process = _start(folder, words, log)
+    process = torchrun(folder, words, log)
     while not (folder / "summary.json").exists():
         moment = time.time() + draw.expovariate(1 / every)
         while time.time() < moment and process.poll() is None:
             time.sleep(0.01)
         if process.poll() is not None:
             if not (folder / "summary.json").exists():
-                process = _start(folder, words, log)
+                process = torchrun(folder, words, log)
             continue
         before = _step(folder)
         kind = draw.choice(KINDS)
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     options.output.mkdir(parents=True, exist_ok=True)
     quiet, broken = options.output / "undisturbed", options.output / "disturbed"
-    calm = _start(quiet, options.words, quiet.with_suffix(".log"))
+    calm = torchrun(quiet, options.words, quiet.with_suffix(".log"))
     report = disturb(broken, options.words, options.every, options.seed)
     calm.wait()
     report["equal"] = compare(quiet, broken)

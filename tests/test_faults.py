@@ -12,7 +12,7 @@ from threading import Timer
 import pytest
 import torch
 from runs import TINY, back_to, entries, losses, run, same, start, wait_until, weights
-from soak import children, compare
+from soak import children, compare, torchrun
 
 from crate_fast.train import checkpoint, pretrain, trainer
 from crate_fast.train.checkpoint import RunLock
@@ -113,16 +113,16 @@ def test_a_signal_during_evaluation_postpones_the_evaluation(whole, tmp_path, mo
 
 def test_torchrun_restarts_a_killed_process_and_its_sigterm_saves(tmp_path):
     """Two processes: the run resumes by itself, stops at a signal, and ends in the state of an undisturbed run."""
-    pair, folder = tmp_path / "pair", tmp_path / "run"
+    pair, folder, log = tmp_path / "pair", tmp_path / "run", tmp_path / "log"
     words = (*EVERYTHING, "--epochs", "3")
-    process = start("--output", str(folder), *words, "--resume", processes=2, restarts=2)
+    process = torchrun(folder, [*TINY, *words], log)
     wait_until(lambda: checkpoint.newest(folder / "checkpoints"), process)
-    agent = process.processes[0].pid
-    os.kill(children(agent)[-1], signal.SIGKILL)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
     killed_at = checkpoint.newest(folder / "checkpoints")
     wait_until(lambda: checkpoint.newest(folder / "checkpoints") > killed_at + 2, process)  # the second start
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=120)
+    process.wait(timeout=120)
+    text = log.read_text()
     assert (text.count(" on 2 × cpu"), text.count("from step ")) == (2, 1)
     assert f"SIGTERM: saved step {checkpoint.newest(folder / 'checkpoints')} of 18" in text
     assert "exitcode  : 0" not in text
