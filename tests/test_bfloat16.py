@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import agrees, all_within_twice_eager, gradients, model_gradients, mutant, tokens_and_gradient
+from oracle import agrees, all_within_twice_eager, gradients, model_gradients, mutant, norm_ista, tokens_and_gradient
 from released import ReleasedCRATE
 
 from crate_fast import CRATE, functional
@@ -24,10 +24,6 @@ pytestmark = [pytest.mark.usefixtures("bfloat16", "poisoned"), *([pytest.mark.gp
 compress, ista, subspace_attention = (
     partial(getattr(functional, name), backend="triton") for name in ("compress", "ista", "subspace_attention")
 )
-
-
-def norm_ista(x, weight, bias, dictionary, **options):
-    return ista(x, dictionary, norm=(weight, bias, 1e-5), **options)
 
 
 def _size(on_gpu: int, on_cpu: int) -> int:
@@ -104,7 +100,7 @@ def test_ista_is_within_twice_eagers_error(width, threshold, norm, device):
     inputs = _normal(shapes, (1 + norm, 0.3, 0.3, width**-0.5), (norm, 1, 0, 0), device)
     x, weight, bias, dictionary = inputs
     tokens = F.layer_norm(x, x.shape[-1:], weight, bias) if norm else x
-    functions = (norm_ista, norm_ista_reference) if norm else (ista, ista_reference)
+    functions = (partial(norm_ista, backend="triton"), norm_ista_reference) if norm else (ista, ista_reference)
     ours, reference = (partial(function, threshold=threshold) for function in functions)
     names = "y dx dγ dβ dD" if norm else "y dx dD"
     grad = clear_of_threshold(torch.randn_like(x), tokens, dictionary)

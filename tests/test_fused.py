@@ -4,13 +4,14 @@ import gc
 import os
 import threading
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from oracle import model_gradients, opcheck_tests
+from oracle import model_gradients, norm_ista, opcheck_tests
 from runs import free_port
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -78,8 +79,7 @@ def test_opcheck_of_ista(with_norm, device):
             torch.library.opcheck(triton_ops.ista_bwd, arguments, test_utils=opcheck_tests(wanted))
 
 
-def _norm_ista(x, weight, bias, dictionary):
-    return ista(x, dictionary, norm=(weight, bias, 1e-5), backend="triton")
+_norm_ista = partial(norm_ista, backend="triton")
 
 
 def test_only_requested_gradients_are_computed(device, monkeypatch):
