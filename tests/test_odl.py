@@ -189,18 +189,6 @@ def test_released_weights_load_and_give_the_released_outputs_and_gradients(relea
         assert (found[name] - parameter.grad).abs().max() <= 1e-10 * parameter.grad.abs().max(), name
 
 
-def test_the_kernels_give_the_released_outputs_and_gradients(released, device):
-    ours = _alpha(backend="triton").to(device)
-    ours.load_state_dict(released.state_dict())
-    images, released = torch.randn(2, 3, 32, 32, device=device), released.to(device)
-    outputs = []
-    for model in (ours, released):
-        model(images).square().sum().backward()
-        outputs.append((model(images), model.transformer.layers[0][1].fn.D.grad, model.pos_embedding.grad))
-    for mine, theirs in zip(*outputs, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
-
-
 VARIANTS = [{"odl_tied": True}, {"odl_steps": 1}, {"odl_residual": False}]
 
 
