@@ -116,9 +116,3 @@ def test_a_run_is_evaluated_on_its_own_data(tiny_run, tmp_path):
     best = json.loads((tiny_run / "summary.json").read_text())["best_val_accuracy"]
     assert (result["images"], result["classes"]) == (16, 12)
     assert result["head"]["top1"] == pytest.approx(best)
-
-
-def test_the_papers_number_is_found_for_a_model_of_that_name():
-    assert classify._published("CRATE-S/8", "cifar10", 10) == 97.2
-    assert classify._published("crate-b/8", "folder", 1000) == 79.5
-    assert classify._published("mine", "cifar10", 10) is None

@@ -26,7 +26,7 @@ from crate_fast.eval.emergence.command import main
 from crate_fast.eval.emergence.data import PhotographData, prepare_photographs
 from crate_fast.eval.emergence.protocol import MODELS, SIZES, Protocol, Run, settings_table
 from crate_fast.eval.emergence.results import Results
-from crate_fast.eval.emergence.runs import Folders, Job, Resources, train_and_score
+from crate_fast.eval.emergence.runs import Folders, Job, train_and_score
 from crate_fast.train.data.loader import build_splits
 from crate_fast.train.faults import Interruption, NonFiniteError
 from crate_fast.train.runs import run_config
@@ -51,15 +51,6 @@ def test_models_differ_only_in_the_ablation(size):
     assert steps[-1] == protocol.images // protocol.batch_size * protocol.epochs
     assert steps[1:] == [configs["ViT"]["checkpoint_every"] * n for n in range(1, len(steps))]
     assert configs["ViT"]["keep_checkpoints"] >= steps[-1]
-
-
-def test_a_processor_without_bf16_products_trains_in_fp32(monkeypatch):
-    for able, precision in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(runs_module, "multiplies_bf16", lambda able=able: able)
-        run, resources = Run("CRATE", 0), Resources("cpu", 1)
-        config = SIZES["small"].training_config(run, 1e-3, NOWHERE, **resources.settings)
-        assert config.precision == precision
-        assert str(resources).endswith(", fp32") is not able
 
 
 def test_the_page_of_the_protocol_has_its_settings():

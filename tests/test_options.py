@@ -16,7 +16,7 @@ from crate_fast.eval import by_layer, comparison
 from crate_fast.eval.emergence.protocol import MODELS, SIZES
 from crate_fast.options import PARSERS, parse
 from crate_fast.train import pretrain
-from crate_fast.train.config import TrainConfig, build_config, dump_config, load_recipe
+from crate_fast.train.config import TrainConfig, build_config, load_recipe
 from crate_fast.train.reconstruction import RATIOS
 
 _ALONE = list(COMMANDS)
@@ -92,11 +92,6 @@ def test_choices_and_defaults_equal_those_of_the_modules():
     assert all(name in option("export", "outputs").help for name in export.OUTPUTS)
 
 
-def test_layers_are_a_word_or_numbers():
-    assert parse("eval pca", ["m", "--data", "d", "--layers", "all"]).layers == "all"
-    assert parse("export", ["m", "--layers", "3,4", "--outputs", "logits"]).layers == [3, 4]
-
-
 # --- settings of training ---
 
 
@@ -129,17 +124,6 @@ def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(tmp_p
     assert (config.epochs, config.lr, config.dim) == (2, 3e-4, 96)
     assert (config.compile, config.decay_all) == (False, True)
     assert config.batch_size == TrainConfig().batch_size
-
-
-def test_a_recipe_for_other_data_loses_its_transforms_on_shape_scenes():
-    config = _config("--recipe", "finetune_cifar10", "--dataset", "shape_scenes", "--init", "x")
-    assert (config.crop, config.auto_augment, config.lr) == ("none", "", 5e-5)
-
-
-def test_a_dumped_configuration_is_a_recipe(tmp_path):
-    config, path = _config("--lr", "0.003", "--dim", "64"), tmp_path / "config.yaml"
-    path.write_text(dump_config(config))
-    assert _config("--recipe", str(path)) == config
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import sys
 import tarfile
-from collections import UserList
 from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -20,7 +19,7 @@ from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.image_files import EXTENSIONS, Unreadable
 from crate_fast.train.data.loader import build_splits, eval_loader, open_source, readable, train_loader
-from crate_fast.train.data.sources import TorchvisionSource, common_classes, nothing_outside
+from crate_fast.train.data.sources import common_classes, nothing_outside
 
 CORRUPT = {1, 4, 9}  # of the twelve images of a split: cut, no image, empty
 
@@ -307,13 +306,6 @@ def test_downloads_write_only_into_their_folder(tmp_path, monkeypatch):
         if sys.version_info < (3, 14):  # later Pythons filter by themselves
             Downloading(tmp_path / kind)
             evil.unlink()  # which an archive writes if it is unpacked without the check
-
-
-def test_corrupt_images_of_torchvision_are_named():
-    images = UserList([(Image.open(io.BytesIO(_content(1))), 0)])
-    images.classes = ("a",)
-    with pytest.raises(Unreadable, match="pets, image 0: OSError"):
-        TorchvisionSource(images, "pets")[0]
 
 
 def test_a_python_without_unpacking_filters_does_not_download(monkeypatch):

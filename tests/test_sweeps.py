@@ -1,6 +1,5 @@
 """Sweeps over layers, checkpoints and models; tables; results; the command line and its errors."""
 
-import csv
 import errno
 import importlib
 import json
@@ -19,7 +18,7 @@ from crate_fast.eval import by_epoch, by_layer, coarse_segmentation, comparison,
 from crate_fast.eval.common.command import Evaluation
 from crate_fast.eval.common.images import open_images
 from crate_fast.eval.common.models import open_model
-from crate_fast.eval.common.results import Records, csv_table, markdown_table
+from crate_fast.eval.common.results import Records
 from crate_fast.eval.emergence.command import main as emergence
 from crate_fast.eval.white_box import main as white_box
 
@@ -165,13 +164,6 @@ def test_the_comparison_has_the_papers_numbers_and_the_difference(data, tmp_path
     assert rows[0]["box AP"] == rows[1]["box AP"]
     for suffix in ("md", "csv"):
         assert "23.9" in (tmp_path / f"table2.{suffix}").read_text()
-
-
-def test_tables_are_markdown_and_csv():
-    rows = [{"model": "a|b_1", "AP": 1.23456}, {"model": "c", "n": 3}]
-    assert markdown_table(rows) == "| model | AP | n |\n| --- | --- | --- |\n| a\\|b_1 | 1.235 | – |\n| c | – | 3 |\n"
-    read = list(csv.DictReader(csv_table(rows).splitlines()))
-    assert read == [{"model": "a|b_1", "AP": "1.23456", "n": ""}, {"model": "c", "AP": "", "n": "3"}]
 
 
 def test_nan_is_not_written_into_results(tmp_path):
