@@ -1,4 +1,4 @@
-"""On a GPU: large tensors, agreement with the CPU, training beside the released form. See also benchmarks/gpu_check.py."""
+"""On a GPU: large tensors, agreement with the CPU, training beside the released form, with all options on."""
 
 import copy
 import itertools

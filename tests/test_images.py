@@ -214,7 +214,7 @@ def _image(**values):
     [
         *((lambda _, annotation, v=v: annotation.update([v]), "annotation 2 cannot be used") for v in VALUES),
         (_drops("segmentation"), "annotation 2 cannot be used, 'segmentation' is missing"),
-        (lambda _, annotation: annotation.update(image_id="5"), r"annotations\[1\] .*image_id '5'.*different types"),
+        (lambda _, annotation: annotation.update(image_id="5"), r"annotations\[1\] .*image_id.*of the type of"),
         (_drops("id"), r"annotations\[1\] cannot be used, 'id' is missing"),
         (lambda content, _: content["images"][0].pop("width") and None, "annotation 1 .*'width' is missing"),
         (_image(file_name=""), "a file_name is empty"),
