@@ -118,19 +118,6 @@ def test_a_picture_without_objects_has_no_masks(address, model):
         ask(address, "components", which=which, **about)
 
 
-def test_a_vit_of_timm_has_attention_but_no_coding_rate():
-    explorer = explorer_with("vit_tiny_patch16_224@untrained")
-    assert explorer.setup()["models"][0]["untrained"]
-    found = explorer.inspection(0, "s0")
-    assert found.summary["coding_rate"] is found.summary["sparsity"] is found.summary["patch_sparsity"] is None
-    assert found.summary["layer"] == 11
-    assert [entry["name"][:6] for entry in found.summary["top"]] == 5 * ["class "]
-    for patch in (None, 0):
-        heads = np.array(found.attention(11, patch)["heads"])
-        assert heads.shape == (3, 196)
-        assert heads.sum(axis=1) == pytest.approx(1, abs=1e-5)
-
-
 def test_simultaneous_requests_do_not_mix():
     """Models are opened at the same time, too; the untrained one has the weights of its seed."""
     visitors = 6
