@@ -28,7 +28,7 @@ from torchvision.ops import masks_to_boxes
 from crate_fast.errors import UserError
 from crate_fast.eval.common.images import SceneImages, free_photographs
 from crate_fast.eval.common.models import open_model
-from crate_fast.eval.explore import command, inspection
+from crate_fast.eval.explore import command
 from crate_fast.eval.explore.command import default_choices
 from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, Pictures, decode
 from crate_fast.eval.maskcut import maskcut
@@ -259,26 +259,6 @@ def test_a_file_name_that_is_not_utf8_is_shown(tmp_path):
     pictures = Pictures(tmp_path)
     assert [entry["name"] for entry in pictures.listing()] == ["??.png"]
     assert pictures.view("f0").size == (96, 64)
-
-
-def test_opening_a_model_does_not_block_other_requests(monkeypatch):
-    explorer, begun, go_on = explorer_with(*SHIPPED), threading.Event(), threading.Event()
-    explorer.inspection(0, "s0")
-
-    def slow(specification, **opening):
-        begun.set()
-        assert go_on.wait(60)
-        return open_model(specification, **opening)
-
-    monkeypatch.setattr(inspection, "open_model", slow)
-    with ThreadPoolExecutor() as pool:
-        other = pool.submit(explorer.inspection, 1, "s0")
-        assert begun.wait(60)
-        explorer.inspection(0, "s0").attention(2, None)  # a stored inspection
-        explorer.inspection(0, "s1")  # an open model
-        assert not other.done()
-        go_on.set()
-        other.result(60)
 
 
 def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_an_error_message(tiny_run, tmp_path, monkeypatch):
