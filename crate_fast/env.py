@@ -28,6 +28,7 @@ _PACKAGES = ("crate_fast", "torch", "triton", "torchvision", "timm", "numpy", "s
 
 
 def version_of(package: str) -> str:
+    """Return the version of an installed package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

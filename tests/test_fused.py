@@ -1,15 +1,20 @@
-"""The kernels inside PyTorch: dispatch, autograd, compile, checkpointing, folded dictionaries, errors."""
+"""The kernels inside PyTorch: dispatch, autograd, compile, checkpointing, FSDP2, folded dictionaries, errors."""
 
 import gc
+import os
 import threading
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from oracle import model_gradients, norm_ista, opcheck_tests
+from runs import free_port
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 from crate_fast import CRATE, functional, kernels, triton_ops
 from crate_fast.backends import explain_backend
@@ -150,6 +155,33 @@ def test_checkpointing_gives_the_same_bits(device):
     plain = model_gradients(model, images)
     model.set_grad_checkpointing()
     torch.testing.assert_close(model_gradients(model, images), plain, rtol=0, atol=0)
+
+
+def _sharded(rank: int, port: int, images: Tensor, expected: list[Tensor]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        model, mesh = _model("cpu", depth=1), dist.init_device_mesh("cpu", (2,))
+        for layer in model.transformer.layers:
+            fully_shard(layer, mesh=mesh)
+        runner = fully_shard(model, mesh=mesh)
+        for _ in range(2):  # the second pass must not depend on the first
+            model.zero_grad()
+            runner(images[rank::2]).square().mean().backward()
+        for parameter, grad in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad.full_tensor(), grad, rtol=1e-4, atol=1e-6)
+        dist.barrier()  # otherwise the process that ends first aborts the other
+    finally:
+        dist.destroy_process_group()
+    os._exit(0)  # Python's teardown sometimes aborts beside gloo's threads
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes would need two GPUs")
+def test_the_kernels_under_fsdp_have_the_gradients_of_one_process():  # DDP gives them plain parameters
+    images, model = torch.randn(2, 3, 16, 16), _model("cpu", depth=1)
+    (sum(model(images[rank::2]).square().mean() for rank in range(2)) / 2).backward()
+    arguments = (free_port(), images, [p.grad for p in model.parameters()])
+    mp.start_processes(_sharded, arguments, nprocs=2, start_method="forkserver")  # preloaded by runs.py
 
 
 @pytest.fixture
