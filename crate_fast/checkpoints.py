@@ -65,7 +65,7 @@ def _grid_of(patches: int, target: tuple[int, int], given: tuple[int, int] | Non
     if rows * columns != patches or rows < 1:
         raise UserError(
             f"positions of {patches} patches cannot be resampled as a grid of {rows}×{columns}: pass source_grid, "
-            "the rows and columns of patches of the weights"
+            "the rows and columns of patches of the weights, to load_weights in Python"
         )
     return grid
 

@@ -231,6 +231,7 @@ def test_files_without_boxes_are_errors(photos, tmp_path):
     for content, message in (
         ('{"images": [{"id": 1, "file_name": "0"}, {"id": 2, "file_name": "0"}], "annotations": []}', "join them"),
         ('{"images": [{"id": 1, "file_name": "0"}], "annotations": [{"image_id": 1, "bbox": [9,1,-3,1]}]}', "bbox"),
+        ('{"images": [{"id": 1, "file_name": "0"}], "annotations": [{"image_id": "1", "bbox": [9,1,3,1]}]}', "ids"),
         ('{"images": [{"id": 1, "file_name": "no.png"}], "annotations": [], "categories": []}', "none of the"),
     ):
         (tmp_path / "bad.json").write_text(content)

@@ -150,6 +150,7 @@ def test_a_run_is_continued_only_on_request(whole, monkeypatch, refuses):
     refuses("holds a run at step 12: pass --resume to continue it", pretrain.main, words)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     refuses("needs a run to continue: pass --output FOLDER --resume", pretrain.main, words)
+    assert pretrain.main([*words, "--dry-run"]) == 0
 
 
 def test_a_full_disk_stops_all_processes_and_the_last_checkpoint_stays_whole(tmp_path, request):

@@ -232,6 +232,8 @@ def test_unknown_names_and_downloads_are_errors():
         create_mae("crate_mae_tiny_patch16_224", pretrained=True)
     with pytest.raises(UserError, match="crate_mae_huge_patch16_224.* choose one of crate_mae_tiny_patch16_224, "):
         create_mae("crate_mae_huge_patch16_224")
+    with pytest.raises(UserError, match="argument 'num_classes'.* create crate_mae_encoder_tiny_patch16_224"):
+        create_mae("crate_mae_tiny_patch16_224", num_classes=10)
 
 
 def test_timms_registry_has_the_encoders_and_not_the_autoencoders(tmp_path):

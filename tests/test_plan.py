@@ -152,6 +152,10 @@ def test_the_numbers_of_a_plan_by_hand(planned):
     names = ("images", "classes", "steps per epoch", "steps", "images per pass and device", "parameters")
     assert [found[name] for name in names] == [50_000, 10, 390, 1_170, 16, 694_186]
     assert found["hours"] == pytest.approx(1_170 * 128 / 100 / 3600, rel=1e-4)
+    words = ["--recipe", "cifar10", "--dataset", "shape_scenes", "--images-per-s", "1,234.5"]
+    found = planned(*words)
+    assert (found["images"], found["classes"]) == (20_000, 12)
+    assert found["hours"] == pytest.approx(found["steps"] * 128 / 1234.5 / 3600, rel=1e-4)
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
@@ -173,7 +177,7 @@ def test_images_of_an_existing_folder_are_counted(tmp_path, planned):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--dataset folder --images 500", "train does not exist .data_dir holds: no such folder.: pass --data-dir"),
+        ("--dataset folder --images 500", "train does not exist .*pass --images N and --classes N"),
         ("--gpus 3", "batch_size=128 cannot be divided among 3 processes × 1 accumulation steps: make it a multiple"),
         ("--optimizer lyon", "lyon"),
         ("--optimizer kron --depth 1", "optimizer='kron' cannot be planned"),

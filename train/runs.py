@@ -180,10 +180,7 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
         try:
             adapted = adapt_state_dict(weights, model)
         except UserError as error:
-            remedy = (
-                "in Python, load it with load_weights(…, source_grid=…), save the model's state dict, and pass that"
-            )
-            raise UserError(f"{where}: {str(error).partition(':')[0]}; {remedy}") from error
+            raise UserError(f"{where}: {error}") from error
         if any(adapted[name] is not value for name, value in weights.items()):
             notes.append("positions of this image size" if isinstance(model, CRATEMAE) else "positions resampled")
             weights = adapted
