@@ -140,8 +140,21 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor |
     return y if bias is None else y.add_(bias)  # addmm would write the bias to every row and read it again
 
 
-@torch.library.custom_op("crate_fast::cpu_linear", mutates_args=(), device_types="cpu")
-def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, residual: bool = False) -> Tensor:
+def _needs_operator(*inputs: Tensor | None) -> bool:
+    """Return True if a call must be a custom operator, which costs 0.1 ms: for autograd and compilation.
+
+    Also with oneDNN: PyTorch's `FlopCounterMode` does not know its products.
+    """
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    return differentiable or torch.compiler.is_compiling() or uses_onednn()
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, residual: bool = False) -> Tensor:
+    """Compute `cpu_linear`, as an operator only where needed."""
+    return (cpu_linear if _needs_operator(x, weight, bias) else _affine)(x, weight, bias, relu, residual)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, residual: bool = False) -> Tensor:
     """Compute y = x Wᵀ + b [M, N], contiguous, of x [M, K], W [N, K] and b [N] or None.
 
     With `residual` x is added (N = K); adding the identity to W instead has ten times the rounding error in ISTA.
@@ -151,6 +164,9 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = Fals
     if residual:
         y.add_(x)
     return y.relu_() if relu else y
+
+
+cpu_linear = torch.library.custom_op("crate_fast::cpu_linear", _affine, mutates_args=(), device_types="cpu")
 
 
 @cpu_linear.register_fake
@@ -174,8 +190,8 @@ def _linear_backward(ctx, grad):
     if y is not None:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    grad_x = cpu_linear(grad, weight.t(), None, residual=ctx.residual) if needs_x else None
-    grad_weight = cpu_linear(grad.t(), x.t(), None) if needs_weight else None
+    grad_x = affine(grad, weight.t(), None, residual=ctx.residual) if needs_x else None
+    grad_weight = affine(grad.t(), x.t(), None) if needs_weight else None
     grad_bias = grad.sum(0) if needs_bias else None
     return grad_x, grad_weight, grad_bias, None, None
 
@@ -217,8 +233,12 @@ def _is_long(w: Tensor) -> bool:
     return w.dtype == torch.float32 and w.shape[1] >= MIN_ROWWISE_TOKENS
 
 
-@torch.library.custom_op("crate_fast::cpu_subspace_attention", mutates_args=(), device_types="cpu")
-def cpu_subspace_attention(w: Tensor, scale: float) -> Tensor:
+def attention(w: Tensor, scale: float) -> Tensor:
+    """Compute `cpu_subspace_attention`, as an operator only where needed."""
+    return (cpu_subspace_attention if _needs_operator(w) else _attention_forward)(w, scale)
+
+
+def _attention_forward(w: Tensor, scale: float) -> Tensor:
     """Return O = softmax(s·W Wᵀ) W for w [B, N, H, D]."""
     with without_autocast("cpu"):
         if w.dtype == torch.float32 and not uses_onednn_alone():
@@ -228,6 +248,11 @@ def cpu_subspace_attention(w: Tensor, scale: float) -> Tensor:
         if _is_long(w):
             return _in_parts(_one_head_forward, True, scale, w)
         return _in_parts(_whole_heads_forward, False, scale, w)
+
+
+cpu_subspace_attention = torch.library.custom_op(
+    "crate_fast::cpu_subspace_attention", _attention_forward, mutates_args=(), device_types="cpu"
+)
 
 
 @cpu_subspace_attention.register_fake

@@ -99,7 +99,7 @@ def subspace_attention(
     if resolve_backend(w, backend, head_dim=w.shape[-1]) == "triton" and dropout_p == 0.0:
         return triton_ops.subspace_attention_fwd(w.to(compute_dtype(w)), scale)[0]
     if dropout_p == 0.0 and cpu_ops.serves_attention(w):
-        return cpu_ops.cpu_subspace_attention(w, scale)
+        return cpu_ops.attention(w, scale)
     tokens = w.transpose(1, 2)
     return pytorch_attention(tokens, tokens, tokens, dropout_p, scale).transpose(1, 2)
 
@@ -278,7 +278,7 @@ def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: floa
         relu = threshold == "relu"
         rows, bias = x.reshape(n_tokens, width), x.new_full((width,), -shift) if relu else None
         folded = _folded(dictionary, step_size, x.dtype)
-        u = cpu_ops.cpu_linear(rows, folded.t(), bias, relu, residual=True).view(x.shape)
+        u = cpu_ops.affine(rows, folded.t(), bias, relu, residual=True).view(x.shape)
         return u if relu else F.softshrink(u, shift)
     else:
         dtype = compute_dtype(x)
