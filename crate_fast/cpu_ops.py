@@ -27,7 +27,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from crate_fast.backends import own_operators_fit, refuse_double_backward, without_autocast
 from crate_fast.settings import onednn_wanted
@@ -123,6 +123,13 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+if _ONEDNN_BUILT and torch.ops.mkldnn._linear_pointwise not in flop_registry:  # PyTorch counts only MKL's products
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _onednn_flops(x: torch.Size, *_, out_shape: torch.Size, **__) -> int:
+        return 2 * out_shape.numel() * x[-1]
+
+
 def _dense(matrix: Tensor) -> Tensor:
     """Copy `matrix` unless it or its transpose is contiguous: for other strides oneDNN runs a slow reference."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
@@ -141,12 +148,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor |
 
 
 def _needs_operator(*inputs: Tensor | None) -> bool:
-    """Return True if a call must be a custom operator, which costs 0.1 ms: for autograd and compilation.
-
-    Also with oneDNN: PyTorch's `FlopCounterMode` does not know its products.
-    """
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return differentiable or torch.compiler.is_compiling() or uses_onednn()
+    """Return True if a call must be a custom operator, which costs 0.1 ms: for autograd and compilation."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, residual: bool = False) -> Tensor:
@@ -209,7 +214,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     else:
         if x.dim() >= 1 and serves(x, weight, bias) and uses_onednn():
-            return cpu_linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+            return affine(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
         return F.linear(x, weight, bias)
 
 
