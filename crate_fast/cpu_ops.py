@@ -27,7 +27,8 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.flop_counter import register_flop_formula
 
 from crate_fast.backends import own_operators_fit, refuse_double_backward, without_autocast
 from crate_fast.settings import onednn_wanted
@@ -123,13 +124,6 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-if _ONEDNN_BUILT and torch.ops.mkldnn._linear_pointwise not in flop_registry:  # PyTorch counts only MKL's products
-
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _onednn_flops(x: torch.Size, *_, out_shape: torch.Size, **__) -> int:
-        return 2 * out_shape.numel() * x[-1]
-
-
 def _dense(matrix: Tensor) -> Tensor:
     """Copy `matrix` unless it or its transpose is contiguous: for other strides oneDNN runs a slow reference."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
@@ -148,8 +142,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor |
 
 
 def _needs_operator(*inputs: Tensor | None) -> bool:
-    """Return True if a call must be a custom operator, which costs 0.1 ms: for autograd and compilation."""
-    if torch.compiler.is_compiling():
+    """Return True if a call must be a custom operator, which costs 0.1 ms: for autograd, compilation and modes.
+
+    A dispatch mode, such as `FlopCounterMode`, does not know all operators inside ours.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 

@@ -371,7 +371,7 @@ def _in_scope(dictionary: Tensor) -> bool:
 
 @functools.cache
 def _random_vector(n_elements: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(n_elements, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    return torch.randn(n_elements, dtype=dtype, device="cpu", generator=torch.Generator().manual_seed(0))
 
 
 def _fingerprint(dictionary: Tensor) -> tuple:
