@@ -237,9 +237,13 @@ def environment(check: Check) -> None:
     if not check.rehearse:
         jobs += [Job("nvidia-smi", ["nvidia-smi"], 20)]
         if (CARRIED / PTXAS).exists():
-            ptxas.write_bytes(lzma.decompress((CARRIED / PTXAS).read_bytes()))
-            ptxas.chmod(0o755)
-            jobs += [Job("assembler", _probe(TRIAL, trial, "--reruns", "2"), 90, carried)]
+            try:
+                ptxas.write_bytes(lzma.decompress((CARRIED / PTXAS).read_bytes()))
+                version = _ptxas_version(ptxas)
+            except (OSError, EOFError, lzma.LZMAError, subprocess.SubprocessError) as error:
+                check.row("carried assembler", "red", f"Triton's own is used: {type(error).__name__}: {error}")
+            else:
+                jobs += [Job("assembler", _probe(TRIAL, trial, "--reruns", "2"), 90, carried)]
         else:
             check.row("carried assembler", "red", "no .gpu/ptxas.xz: run gpu_check.py prepare and carry .gpu")
 
@@ -253,7 +257,7 @@ def environment(check: Check) -> None:
         found = json.loads(trial.read_text())
         if found["status"] == "right":
             check.environment |= carried
-            check.row("carried assembler", "ok", facts={"ptxas": _ptxas_version(ptxas)})
+            check.row("carried assembler", "ok", facts={"ptxas": version})
         else:
             check.row("carried assembler", "n/a", f"Triton's own is used: {found['status']}")
     if items.exists():
@@ -302,7 +306,10 @@ def probes(check: Check) -> None:
     def done(process: Process) -> list[Job]:
         if process.job.items:  # a compiler
             return check.after_items(process, "warm", 90.0, nice=10)
-        name = process.job.name
+        name, limit_s = process.job.name, process.job.limit_s
+        if str(process.reason).startswith("timed out after") and process.seconds < limit_s:  # the stage has ended
+            check.row(name, "n/a", NO_TIME)
+            return []
         found = json.loads(files[name].read_text()) if files[name].exists() else {}
         status = found.get("status")
         right = status == "right" and process.reason is None
@@ -337,11 +344,12 @@ def tiles(check: Check) -> None:
     try:
         check.work_through(kept, "time", 1, 10.0)
     finally:
-        found = found_tiles(row for row in check.rows() if row["stage"] == "tiles")
+        found = found_tiles(row for row in check.rows() if row["stage"] in ("warm", "tiles"))
         if found:
-            for folder in (check.output, check.folder.parent):
+            folders = [check.output, *([] if check.rehearse else [check.folder.parent])]
+            for folder in folders:
                 (folder / TILES).write_text(json.dumps(found, indent=1) + "\n")
-            check.environment.setdefault("CRATE_FAST_TILES", str(check.folder.parent / TILES))
+            check.environment.setdefault("CRATE_FAST_TILES", str(folders[-1] / TILES))
 
 
 def tests(check: Check) -> None:
@@ -349,7 +357,7 @@ def tests(check: Check) -> None:
     rows = check.folder / "rows_tests.jsonl"
     rows.touch()
     words = ["-p", "no:cacheprovider", "-p", "gpu_worker", "-q", "-m", "gpu", "-o", "faulthandler_timeout=50"]
-    words += ["-o", "addopts="]  # those of pyproject.toml need pytest-benchmark
+    words += ["--continue-on-collection-errors", "-o", "addopts="]  # those of pyproject.toml need pytest-benchmark
     if not check.rehearse and importlib.util.find_spec("xdist"):
         words += ["-n", str(max(1, check.cores // 2)), "--max-worker-restart", "20"]
     if importlib.util.find_spec("pytest_timeout"):
@@ -421,7 +429,7 @@ PARTS = {
 def _commit() -> str:
     """Return $COMMIT, or git's commit, or the one that `prepare` wrote."""
     carried = CARRIED / "commit"
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
     if carried.exists() and not (ROOT / ".git").exists():

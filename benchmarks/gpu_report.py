@@ -42,9 +42,14 @@ def facts_of(rows: Iterable[dict]) -> dict[str, object]:
 def found_tiles(rows: Iterable[dict]) -> list[dict]:
     """Return the best tiles in the format of `CRATE_FAST_TILES`; the present tile stays unless 2 % are gained.
 
-    A kernel of whole heads that is slower than blocks of rows gets None, so that blocks of rows run.
+    A kernel of whole heads that is slower than blocks of rows, or red, gets None, so that blocks of rows run.
     """
+    rows = list(rows)
     best, found = _best(rows), []
+    for row in rows:
+        key = tuple(row.get(name) for name in TILE_KEY)
+        if row["status"] == "red" and str(key[0]).startswith("whole_head") and row["present"] and key not in best:
+            found.append(dict(zip(TILE_KEY, key, strict=True)) | {"tile": None})
     for key, (row, alternative_ms) in best.items():
         tile = dict(row["tile"])
         if alternative_ms is not None:

@@ -71,6 +71,13 @@ def pytest_runtest_logreport(report) -> None:
     Rows(path).add(report.nodeid, status, reason, seconds=round(report.duration, 2))
 
 
+def pytest_collectreport(report) -> None:
+    """Write a row for a file of tests that cannot be imported."""
+    path = os.environ.get("GPU_CHECK_ROWS")
+    if path is not None and "PYTEST_XDIST_WORKER" not in os.environ and report.failed:
+        Rows(path).add(report.nodeid, "red", str(report.longrepr)[-1500:])
+
+
 def pytest_runtest_logfinish() -> None:
     """End a pytest-xdist worker whose GPU no longer responds; pytest-xdist starts another."""
     if "PYTEST_XDIST_WORKER" in os.environ:

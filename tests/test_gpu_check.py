@@ -219,15 +219,46 @@ def test_the_results_are_packed_when_the_time_is_up_during_a_stage(check):
 def test_the_gpu_tests_need_no_plugin_of_pytest(check, tmp_path, monkeypatch):
     jobs, tiny = [], tmp_path / "test_tiny.py"
     tiny.write_text("import pytest\n@pytest.mark.gpu\ndef test_tiny(): pass\n")
+    broken = tmp_path / "test_broken.py"
+    broken.write_text("import no_such_module\n")
     monkeypatch.setattr(check, "run", lambda started, *_: jobs.extend(started))
     gpu_check.tests(check)
     *words, _ = jobs[0].command  # and the file
-    words += ["-p", "no:benchmark", "-c", str(gpu_check.ROOT / "pyproject.toml"), str(tiny)]
+    words += ["-p", "no:benchmark", "-c", str(gpu_check.ROOT / "pyproject.toml"), str(tiny), str(broken)]
     environment = check.environment | jobs[0].environment
     environment.pop("PYTEST_XDIST_WORKER", None)  # of this test's own process
-    subprocess.run(words, env=environment, cwd=tmp_path, check=True, capture_output=True)
-    (row,) = gpu_report.read_rows(Path(environment["GPU_CHECK_ROWS"]))
-    assert row["status"] == "ok"
+    assert subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True).returncode == 1
+    rows = gpu_report.read_rows(Path(environment["GPU_CHECK_ROWS"]))
+    assert [row["status"] for row in rows] == ["red", "ok"]
+    assert "no_such_module" in rows[0]["reason"]
+
+
+@pytest.mark.parametrize("content", [b"no archive", lzma.compress(b"#!/bin/sh\nexit 1\n")], ids=["damaged", "fails"])
+def test_a_damaged_assembler_costs_only_its_own_row(check, tmp_path, monkeypatch, content):
+    (tmp_path / gpu_check.PTXAS).write_bytes(content)
+    monkeypatch.setattr(gpu_check, "CARRIED", tmp_path)
+    monkeypatch.setattr(check, "rehearse", False)
+    started = []
+    monkeypatch.setattr(check, "run", lambda jobs, *_, **__: started.extend(job.name for job in jobs))
+    (check.folder / "rows_environment.jsonl").touch()
+    (check.folder / "items.json").write_text('{"probes": []}')
+    check.go([Stage("environment", 30, 1, gpu_check.environment)])
+    (row,) = gpu_report.read_rows(check.rows_file)
+    assert (row["item"], row["status"]) == ("carried assembler", "red")
+    assert (check.items, started) == ({"probes": []}, ["environment", "nvidia-smi"])
+
+
+def test_a_probe_ended_by_its_stage_is_not_red(check, monkeypatch):
+    check.items = {"probes": [{"probe": name} for name in "ab"]}
+    check.rehearse = False
+    start = Check.start
+    code = "import time; time.sleep(30)"
+    monkeypatch.setattr(
+        Check, "start", lambda check, job: start(check, Job(job.name, [*PYTHON, code], job.limit_s, job.environment))
+    )
+    check.go([Stage("probes", 1, 1, gpu_check.probes)])
+    rows = gpu_report.read_rows(check.rows_file)
+    assert {(row["item"], row["status"]) for row in rows} == {("a", "n/a"), ("b", "n/a")}
 
 
 @pytest.mark.parametrize("status", ["right", "wrong"])
@@ -279,6 +310,9 @@ def test_the_fastest_tile_replaces_the_present_one_if_it_gains_enough():
         assert (row["tile"]["block_m"], row["tile"]["chosen"]) == (64, chosen)
     for ms, kept in ((0.5, 64), (1.5, None)):
         assert best(present, _tile("whole_head_forward", 64, ms))["whole_head_forward"] == kept
+    red = _tile("whole_head_forward", 64, None, present=True)
+    assert best(present, red)["whole_head_forward"] is None  # blocks of rows run
+    assert best(present, red, _tile("whole_head_forward", 32, 0.5))["whole_head_forward"] == 32
     page = gpu_report.summary([present, _tile("whole_head_forward", 64, 0.5)], "first")
     assert "* whole_head_forward at s: 0.5 ms, by blocks of rows 1 ms: 2.00×" in page
 
