@@ -14,6 +14,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from crate_fast import cpu_ops, triton_ops
@@ -260,8 +261,10 @@ def _folded(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
 
 
 def _is_kept(dictionary: Tensor) -> bool:
-    """Return True if G is kept between calls: D is a CPU parameter that needs no gradient."""
-    eager = type(dictionary) is nn.Parameter and not torch.compiler.is_compiling() and not being_transformed()
+    """Return True if G is kept between calls: D is a CPU parameter that needs no gradient, outside dispatch modes."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    eager = type(dictionary) is nn.Parameter and not being_transformed()
     return eager and dictionary.is_cpu and not (torch.is_grad_enabled() and dictionary.requires_grad)
 
 

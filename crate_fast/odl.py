@@ -206,7 +206,10 @@ def odl_fwd(
 
 @odl_fwd.register_fake
 def _(x, gamma, beta, dictionary, decoder, step_size, shift, eps, steps, dtype, kernels):
-    mean, rstd = (x.new_empty(0 if gamma is None else (x.shape[0], 1)) for _ in range(2))
+    mean, rstd = x.new_empty(0), x.new_empty(0)
+    if gamma is not None:  # the dtype of `native_layer_norm`
+        exact = torch.promote_types(x.dtype, torch.float32) if x.is_cuda else gamma.dtype
+        mean, rstd = (x.new_empty(x.shape[0], 1, dtype=exact) for _ in range(2))
     v = x.new_empty(x.shape if steps == 2 else 0, dtype=dtype)
     first, code = (
         x.new_empty((x.shape[0], dictionary.shape[1]) if there else 0, dtype=dtype) for there in (steps == 2, True)

@@ -340,7 +340,7 @@ def _is_right(name: str, function: Callable, arguments: tuple, options: dict, de
             small, options = _small(name, device, arguments, options)
             try:
                 shares = _shares(name, function, small, options)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, UserError):
                 raise
             except Exception as error:
                 cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]

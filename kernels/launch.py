@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crate_fast.errors import UserError
 from crate_fast.settings import tiles_file
 
 _MAX_HEAD_DIM = 128
@@ -176,9 +177,14 @@ TABLE: dict[tuple[str | int, ...], Tile] = {
 def _measured() -> dict[tuple[str, str, str, int], Tile | None]:
     """Read `settings.tiles_file`: kernel, architecture, precision, block_d, tile (null: do not use the kernel)."""
     path = tiles_file()
-    rows = [] if path is None else json.loads(Path(path).read_text())
     keys = ("kernel", "precision", "architecture", "block_d")
-    return {tuple(row[key] for key in keys): Tile(**row["tile"]) if row["tile"] else None for row in rows}
+    try:
+        rows = [] if path is None else json.loads(Path(path).read_text())
+        return {tuple(row[key] for key in keys): Tile(**row["tile"]) if row["tile"] else None for row in rows}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"CRATE_FAST_TILES={path} cannot be used ({error!r}): correct the path, or unset it"
+        ) from error
 
 
 def find(kernel: str, device: torch.device, precision: str, block_d: int = 0) -> Tile | None:

@@ -8,9 +8,11 @@ from dataclasses import replace
 from operator import attrgetter
 
 import compile_report
+import pytest
 import torch
 import triton
 
+from crate_fast.errors import UserError
 from crate_fast.kernels import launch
 from crate_fast.kernels.launch import ARCHITECTURES, TABLE, find, lookup
 
@@ -49,6 +51,10 @@ def test_measured_tiles_take_precedence(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "_measured", launch._measured.__wrapped__)
     assert [lookup("attention_forward", cpu, "half", width).num_warps for width in (64, 128)] == [4, 8]
     assert find("whole_head_forward", cpu, "half", 64) is None
+    for content in ("{", '[{"kernel": 1}]', None):
+        (tmp_path / "tiles.json").write_text(content) if content else (tmp_path / "tiles.json").unlink()
+        with pytest.raises(UserError, match=r"CRATE_FAST_TILES=.*tiles\.json cannot be used .*: correct the path"):
+            find("whole_head_forward", cpu, "half", 64)
 
 
 # the same kernel, with more registers

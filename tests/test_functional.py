@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from oracle import agrees, gradients, tokens_and_gradient
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
+from torch._subclasses import FakeTensorMode
 
 import crate_fast
 from crate_fast import SPIN_COUNT, cpu_ops, functional, reference
@@ -263,6 +264,16 @@ def test_default_dtype_and_device_have_no_effect():
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_inference_under_a_meta_device_or_a_fake_mode_leaves_later_calls_right():
+    x, dictionary = torch.randn(40, 12), torch.nn.Parameter(torch.randn(12, 12))  # no other test has this width
+    with torch.no_grad(), torch.device("meta"):
+        first = ista(x, dictionary)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        assert ista(x, dictionary).shape == x.shape
+    with torch.no_grad():
+        torch.testing.assert_close([first, ista(x, dictionary)], [ista_reference(x, dictionary.detach())] * 2)
 
 
 @with_either_library

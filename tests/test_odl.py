@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from oracle import _load, agrees, mutant
 from released import ReleasedCRATEAlpha
 from runs import same
+from torch._subclasses import FakeTensorMode
 
 import crate_fast
 from crate_fast import CRATE, odl
@@ -241,6 +242,15 @@ def test_variants_are_settings_of_training():
     (layer,) = build_model(TrainConfig(sparsifier="odl", dim=48, depth=1, **settings), 3).transformer.layers
     assert (layer[1].fn.D.shape, layer[1].fn.D1, layer[1].fn.steps) == ((48, 96), None, 1)
     assert not layer.skips_sparsifier
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_fake_operator_has_layer_norms_dtypes_on_a_gpu(dtype):
+    with FakeTensorMode():
+        x, norm, matrix = (torch.empty(size, dtype=dtype, device="cuda") for size in ((4, 8), (8,), (8, 32)))
+        _, mean, rstd, *_ = odl.odl_fwd(x, norm, norm, matrix, matrix, 0.1, 0.01, 1e-6, 2, dtype, True)
+        expected = torch.native_layer_norm(x, (8,), norm, norm, 1e-6)[1:]
+        assert [(t.dtype, t.shape) for t in (mean, rstd)] == [(t.dtype, t.shape) for t in expected]
 
 
 def test_the_model_compiles_without_graph_breaks():
