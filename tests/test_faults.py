@@ -89,21 +89,22 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_run(whole, tmp_path):
     assert [entry["step"] for entry in entries(folder) if "loss" in entry] == list(range(1, 13))
 
 
-def test_a_signal_during_evaluation_postpones_the_evaluation(whole, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_during_evaluation_postpones_the_evaluation(whole, tmp_path, monkeypatch, capsys, number):
     folder = tmp_path / "run"
     words = [*TINY, "--output", str(folder), *EVERY_EPOCH]
-    prepare, calls, handler = trainer.Trainer.prepare_images, [], signal.getsignal(signal.SIGTERM)
+    prepare, calls, handler = trainer.Trainer.prepare_images, [], signal.getsignal(number)
 
     def interrupted(self, images):
         if not self.model.training:
-            calls.append(os.kill(os.getpid(), signal.SIGTERM))
+            calls.append(os.kill(os.getpid(), number))
         return prepare(self, images)
 
     monkeypatch.setattr(trainer.Trainer, "prepare_images", interrupted)
     assert pretrain.main(words) == 0
-    assert "SIGTERM: saved step 6 of 12" in capsys.readouterr().out
+    assert f"{number.name}: saved step 6 of 12" in capsys.readouterr().out
     assert calls
-    assert signal.getsignal(signal.SIGTERM) == handler  # restored
+    assert signal.getsignal(number) == handler  # restored
     assert not any("val_accuracy" in entry for entry in entries(folder))
     monkeypatch.undo()
     assert pretrain.main([*words, "--resume"]) == 0

@@ -321,8 +321,8 @@ def load_recipe(name: str) -> dict:
             f"choose {', '.join(recipe_names())} or the path of a YAML file"
         )
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")

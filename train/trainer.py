@@ -9,6 +9,7 @@ import itertools
 import math
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -54,8 +55,8 @@ _SMALLEST_SCALE = 1.0  # fp16 loss scale; an overflow at this or a smaller scale
 def launch(config: TrainConfig, options: argparse.Namespace) -> int:
     """Start or resume a run and train it to the end or until a signal arrives; return the exit status."""
     began = time.perf_counter()
-    # Until the process group exists there is nothing to save: a signal ends the process, as torchrun expects.
-    with process_group(config.device, config.threads) as processes, Interruption() as interruption:
+    # Until the run begins there is nothing to save: a signal ends the process, as torchrun expects.
+    with process_group(config.device, config.threads) as processes:
         name = f"runs/{Path(options.recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = Path(options.output or processes.agree(name))
         if config.download and processes.local_rank != 0:
@@ -66,7 +67,11 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
         if options.dry_run:
             dry_run(config, folder, data, processes)
             return 0
-        with closing(Trainer(config, folder, data, processes, interruption)) as trainer:
+        keyboard = [] if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else [signal.SIGINT]
+        with (
+            Interruption(*keyboard) as interruption,
+            closing(Trainer(config, folder, data, processes, interruption)) as trainer,
+        ):
             trainer.begin(options.resume)
             if trainer.train():
                 trainer.finish(time.perf_counter() - began)

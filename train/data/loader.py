@@ -221,7 +221,9 @@ def check_batch(config: TrainConfig, n_images: int, world_size: int) -> None:
             f"accumulation steps: make it a multiple of {share}"
         )
     if n_images < config.batch_size:
-        raise UserError(f"the training split has {n_images} images, fewer than batch_size={config.batch_size}")
+        raise UserError(
+            f"the training split has {n_images} images, fewer than batch_size={config.batch_size}: lower --batch-size"
+        )
 
 
 def train_loader(
@@ -264,6 +266,6 @@ def _unchanged(batch: Batch) -> Batch:
 
 def _init_worker(_worker: int) -> None:
     torch.set_num_threads(1)
-    # torchrun signals the whole process group, but the loop needs its workers until it has saved and stopped
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # torchrun and Ctrl-C signal the whole process group, but the loop needs its workers until it has saved
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
