@@ -59,7 +59,7 @@ def evaluate(
         "attention AP". Equal for all layers: scores of the objects' mean mask ("mean mask mIoU topk", …), of random
         maps ("random mIoU topk", …) and of a constant map ("constant"); numbers of "images" and scored "objects".
     """
-    layers = list(range(loaded.extract.depth)) if layers is None else list(layers)
+    layers = loaded.extract.resolve_layers(layers)
     rows: dict[int, dict[str, float]] = {layer: {} for layer in layers}
     coarse = {}
     if "coarse" in measures:  # first, because it fails earlier without objects

@@ -47,7 +47,7 @@ def evaluate(
     Raises:
         UserError: No image can be scored.
     """
-    layers = range(loaded.extract.depth) if layers is None else layers
+    layers = loaded.extract.resolve_layers(layers)
 
     def read() -> Iterator[tuple]:
         for batch in batches(images, **reading):

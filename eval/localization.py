@@ -182,7 +182,7 @@ def evaluate(
     Raises:
         UserError: No image has a box.
     """
-    layers = list(range(loaded.extract.depth) if layers is None else layers)
+    layers = loaded.extract.resolve_layers(layers)
     generator = torch.Generator().manual_seed(seed)
     measured, noise, truths, without = {layer: [] for layer in layers}, [], [], 0
     for batch in batches(images, **reading):

@@ -241,7 +241,7 @@ def in_percent(numbers: dict) -> dict[str, float]:
 
 def evaluate(loaded: LoadedModel, images: Dataset, layers: Sequence[int] | None = None, **options) -> dict[int, dict]:
     """Score MaskCut with `options` of `detect`; return layer → numbers of `summarise`."""
-    layers = [loaded.extract.default_layer] if layers is None else list(layers)
+    layers = loaded.extract.resolve_layers([None] if layers is None else layers)
     check(loaded, images)
     records = list(detect(loaded, images, layers, **options))
     return {layer: summarise(images, records, layer) for layer in layers}

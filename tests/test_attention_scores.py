@@ -187,7 +187,7 @@ def test_a_map_of_the_object_scores_1_and_baselines_score_less(photos, monkeypat
         maps = torch.stack([grid, 255 - grid], dim=1).flatten(2)
         return SimpleNamespace(grid=tuple(grid.shape[1:]), cls_attention=lambda layer: maps)
 
-    model = SimpleNamespace(extract=SimpleNamespace(depth=1), features=features)
+    model = SimpleNamespace(extract=SimpleNamespace(resolve_layers=lambda _: [0]), features=features)
     scores = evaluate(model, BoxedImages(photos[0], 40, photos[1]))
     assert (scores["images"], scores["without_boxes"]) == (5, 1)
     row = scores["layers"][0]

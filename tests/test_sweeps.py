@@ -47,6 +47,7 @@ def test_every_layer_has_the_scores_of_its_own_evaluation(data):
     images = open_images(f"coco:{data}", 64)
     rows = by_layer.evaluate(subject, images, batch_size=4)
     assert list(rows) == [0, 1, 2]
+    assert list(by_layer.evaluate(subject, images, [-1], batch_size=4)) == [2]
     coarse = coarse_segmentation.evaluate(subject, images, batch_size=4)
     for layer in rows:
         alone = maskcut.evaluate(subject, images, [layer])[layer]

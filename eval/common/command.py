@@ -36,8 +36,7 @@ def open_data(options: argparse.Namespace, loaded: LoadedModel) -> Dataset:
 def attention_layers(options: argparse.Namespace, loaded: LoadedModel) -> tuple[list[int], int]:
     """Return the layers of `--layers`, all by default, and the layer in figures; raise for a model without CLS."""
     loaded.require_cls()
-    wanted, default = options.layers or range(loaded.extract.depth), loaded.extract.default_layer
-    layers = [loaded.extract.resolve_layer(layer) for layer in wanted]
+    layers, default = loaded.extract.resolve_layers(options.layers or None), loaded.extract.default_layer
     return layers, default if default in layers else layers[0]
 
 

@@ -109,10 +109,14 @@ class FeatureExtractor:
             raise UserError(f"layer {layer}: this model has layers 0 to {self.depth - 1}; choose one of these")
         return layer % self.depth
 
+    def resolve_layers(self, layers: Iterable[int | None] | None) -> list[int]:
+        """Return layer indices from 0 as `resolve_layer` does, in the given order; all layers when None."""
+        return [self.resolve_layer(layer) for layer in (range(self.depth) if layers is None else layers)]
+
     @torch.no_grad()
     def __call__(self, images: Tensor, layers: Sequence[int] | None = None) -> Features:
         """Run the model on normalised images [B, 3, H, W]; return features of `layers`, the default one when None."""
-        wanted = sorted({self.resolve_layer(layer) for layer in ([None] if layers is None else layers)})
+        wanted = sorted(set(self.resolve_layers([None] if layers is None else layers)))
         return Features(self.grid, self._tokens(images, wanted))
 
     def _tokens(self, images: Tensor, layers: Iterable[int]) -> dict[int, LayerTokens]:

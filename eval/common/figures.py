@@ -8,9 +8,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch.nn.functional as F
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from crate_fast.eval.common.images import Sample
 
@@ -54,9 +53,9 @@ def image_grid(
     `rows` is not empty; rows may have different lengths, and None leaves a cell empty.
     """
     columns = max(map(len, rows))
-    with plt.rc_context(_STYLE | {"axes.grid": False, "text.parse_math": False}):  # file names may contain $_^
+    with matplotlib.rc_context(_STYLE | {"axes.grid": False, "text.parse_math": False}):  # file names may contain $_^
         size = np.array([columns, len(rows)]) * _CELL_INCHES
-        figure = plt.figure(figsize=size)
+        figure = Figure(figsize=size)
         axis = figure.add_axes((0, 0, 1, 1))  # one for all cells: many axes take seconds to draw
         for row, pictures in enumerate(rows):
             for column, picture in enumerate(pictures):
@@ -80,7 +79,7 @@ def image_grid(
         if title:
             axis.set_title(title, fontsize=9, pad=4)
         # enlarge the figure for the text around the axis
-        box = axis.get_tightbbox(figure.canvas.get_renderer()).get_points() / figure.dpi
+        box = axis.get_tightbbox(FigureCanvasAgg(figure).get_renderer()).get_points() / figure.dpi
         before, after = _EDGE_INCHES - box[0], box[1] - size + _EDGE_INCHES
         whole = before + size + after
         figure.set_size_inches(whole)
@@ -120,9 +119,9 @@ def curve_figure(
     shared = len({curve.label for curve in drawn}) < len(drawn)
     columns = min(columns or len(panels), len(panels))
     shape = (-(-len(panels) // columns), columns)
-    with plt.rc_context(_STYLE):
-        size = (3.6 * columns, 2.9 * shape[0])
-        figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.6 * columns, 2.9 * shape[0]), layout="constrained")
+        axes = figure.subplots(*shape, squeeze=False)
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
         for axis, (name, curves) in zip(axes.flat, panels.items(), strict=False):
@@ -151,11 +150,10 @@ def curve_figure(
 
 
 def save_figure(figure, paths: Sequence[Path]) -> None:
-    """Write a matplotlib figure to each path, without dates, and close it; missing folders are created."""
+    """Write a matplotlib figure to each path, without dates; missing folders are created."""
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=200, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
-    plt.close(figure)
 
 
 def write_pages(
