@@ -9,6 +9,7 @@ from pathlib import Path
 WORTH = 0.98  # a tile must take less than this share of the present tile's time to replace it
 SHOWN = 40  # most red rows in a summary
 MOST_LOG_BYTES = 40_000  # of each log in the archive
+MOST_CODE_BYTES = 20_000_000  # of compiled kernels in the archive
 FACTS = ("device", "driver", "commit", "torch", "timm", "python", "triton", "ptxas")
 FACTS += ("matrix_tflops_per_s", "copy_gb_per_s")
 MODELS_CAPTION = (
@@ -208,6 +209,11 @@ def pack(rows: list[dict], part: str, folder: Path, output: Path) -> str:
                 text = log.read_bytes()
                 log.write_bytes(text[: MOST_LOG_BYTES // 4] + b"\n[...]\n" + text[-MOST_LOG_BYTES // 2 :])
             tar.add(log, f"logs/{log.name}")
+        left = MOST_CODE_BYTES
+        for code in sorted((folder / "failures").rglob("*")):  # compilers' caches of red probes
+            if code.suffix in (".ptx", ".cubin") and code.stat().st_size <= left:
+                tar.add(code, code.relative_to(folder))
+                left -= code.stat().st_size
     page = summary(rows, part)
     (output / f"summary_{part}.md").write_text(page)
     return page

@@ -399,6 +399,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     rows = Rows(options.rows)
     if options.job == "items":
+        if options.mode == "warm":  # a choice of configurations made beside other work is not kept
+            from torch._inductor import config
+
+            config.autotune_local_cache = False
         items = json.loads(options.items.read_text())
         work_through(items, Worker(options.mode, rows), options.until, options.stall)
     else:

@@ -150,7 +150,8 @@ def take(source: Path, results: Path = RESULTS) -> None:
     """Copy the rows of a GPU check into the results.
 
     Measured rows replace those of the same problem, pass and peer in their benchmark's file. The other rows replace
-    those of the same stages in gpu_check.json. `source` is a gpu_check_….tar.gz or a folder of them.
+    those of the same stages in gpu_check.json. Rows of another commit, device or torch are dropped. `source` is a
+    gpu_check_….tar.gz or a folder of them.
     """
     archives = sorted(source.glob("gpu_check_*.tar.gz")) if source.is_dir() else [source]
     if not archives:
@@ -160,6 +161,7 @@ def take(source: Path, results: Path = RESULTS) -> None:
         with tarfile.open(archive) as tar:
             brought = [json.loads(line) for line in tar.extractfile("rows.jsonl").read().decode().splitlines()]
         facts = _facts(facts_of(brought))
+        same = {key: facts[key] for key in ("commit", "device", "torch") if key in facts}
         rows += [facts | row for row in brought]
     names = {"mssa": "mssa", "ista": "ista", "crate": "crate_gpu", "model": "model_gpu", "growth": "growth_gpu"}
     for bench, name in names.items():
@@ -170,10 +172,10 @@ def take(source: Path, results: Path = RESULTS) -> None:
                 old = found.setdefault(tuple(row[key] for key in KEYS), row)
                 if old["latency_ms"] is None and row["latency_ms"] is not None:
                     found[tuple(row[key] for key in KEYS)] = row
-            merged = earlier_rows(results / f"{name}.json", measured, KEYS) + list(found.values())
+            merged = earlier_rows(results / f"{name}.json", measured, KEYS, same) + list(found.values())
             write_results(name, merged, times(merged), results, _facts(measured[0]) | COMMAND)
     kept = [row | {"reason": row["reason"] and str(row["reason"])[:300]} for row in rows if "bench" not in row]
-    kept = earlier_rows(results / "gpu_check.json", kept, ["stage"]) + kept
+    kept = earlier_rows(results / "gpu_check.json", kept, ["stage"], same) + kept
     write_results("gpu_check", kept, summary(kept, "all"), results, facts | COMMAND)
 
 

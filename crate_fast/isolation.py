@@ -24,7 +24,7 @@ class Job:
     name: str  # also of its log
     command: list[str]
     limit_s: float  # then it is killed, with all processes that it started
-    environment: dict[str, str] = field(default_factory=dict)  # added to the runner's
+    environment: dict[str, str | None] = field(default_factory=dict)  # added to the runner's; None removes
     beat: Path | None = None  # a file that it must touch every `stall_s`; the first touch may take `start_s`
     stall_s: float = 0.0
     start_s: float = 60.0
@@ -50,7 +50,7 @@ class Process:
             with open(self.log, "ab") as file:
                 self.popen = subprocess.Popen(
                     job.command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                    env=environment | job.environment, start_new_session=True,
+                    env=_merged(environment, job.environment), start_new_session=True,
                 )  # fmt: skip
         except OSError as error:
             self.popen, self.finished, self.reason = None, True, f"does not start: {error}"
@@ -94,6 +94,10 @@ class Process:
         self.finished, self.reason = True, reason
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.popen.pid, signal.SIGKILL)  # its remaining children
+
+
+def _merged(environment: dict[str, str], more: dict[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in (environment | more).items() if value is not None}
 
 
 def _ending(status: int) -> str | None:

@@ -167,6 +167,15 @@ def test_a_worker_opens_the_gpu_before_its_first_item_begins(tmp_path, monkeypat
     assert begun == [[]]
 
 
+def test_warming_and_timing_find_the_same_compiled_graph():
+    """While warming, choices of configurations are not kept; this must not be part of the graph's key."""
+    from torch._inductor import config
+
+    key = config.save_config_portable()
+    with config.patch(autotune_local_cache=False):
+        assert config.save_config_portable() == key
+
+
 @pytest.mark.parametrize("poisoned", [False, True])
 def test_a_probe_that_fails_during_compilation_is_reported(tmp_path, monkeypatch, poisoned):
     def synchronize():
@@ -261,6 +270,47 @@ def test_a_probe_ended_by_its_stage_is_not_red(check, monkeypatch):
     assert {(row["item"], row["status"]) for row in rows} == {("a", "n/a"), ("b", "n/a")}
 
 
+@pytest.mark.parametrize("carried_is_used", [True, False])
+def test_a_red_probe_runs_again_with_each_assembler_and_its_code_is_packed(check, monkeypatch, carried_is_used):
+    """The other assembler finds the second probe right."""
+    variable, start = gpu_check.PTXAS_VARIABLES[0], Check.start
+    carried = dict.fromkeys(gpu_check.PTXAS_VARIABLES, "carried")
+    if carried_is_used:
+        check.environment |= carried
+    check.assemblers["other"] = dict.fromkeys(carried) if carried_is_used else carried
+    check.items, check.rehearse = {"probes": [{"probe": name} for name in ("a", "b", "c")]}, False
+    code = f"""
+import json, os, pathlib, sys
+name, file = sys.argv[1:]
+carried = os.environ.get("{variable}") == "carried"
+cache = pathlib.Path(os.environ["TRITON_CACHE_DIR"]) / "hash"
+cache.mkdir(parents=True, exist_ok=True)
+for suffix in ("ptx", "cubin", "json"):
+    (cache / f"kernel.{{suffix}}").write_text(f"carried: {{carried}}")
+right = name == "a" or (name == "b" and carried != {carried_is_used})
+open(file, "w").write(json.dumps({{"status": "right" if right else "wrong"}}))
+"""
+
+    def started(check, job):
+        words = [job.command[job.command.index(word) + 1] for word in ("--probe", "--json")]
+        return start(check, Job(job.name, [*PYTHON, code, *words], job.limit_s, job.environment))
+
+    monkeypatch.setattr(Check, "start", started)
+    check.end = time.monotonic() + 60
+    check.go([Stage("probes", 30, 1, gpu_check.probes)])
+    rows, _ = _packed(check.output / "gpu_check_first.tar.gz")
+    assert {row["item"]: (row["status"], "probe" in row) for row in rows} == {
+        "a": ("ok", True), "b": ("red", True), "b, again": ("n/a", False), "b, other": ("ok", False),
+        "c": ("red", True), "c, again": ("n/a", False), "c, other": ("n/a", False),
+    }  # fmt: skip
+    with tarfile.open(check.output / "gpu_check_first.tar.gz") as tar:
+        names = {name for name in tar.getnames() if name.startswith("failures")}
+        ptx = tar.extractfile("failures/b, other/hash/kernel.ptx").read()
+    runs = (f"failures/{name}, {label}/hash/kernel" for name in "bc" for label in ("again", "other"))
+    assert names == {f"{run}.{suffix}" for run in runs for suffix in ("ptx", "cubin")}
+    assert ptx == f"carried: {not carried_is_used}".encode()
+
+
 @pytest.mark.parametrize("status", ["right", "wrong"])
 def test_the_carried_assembler_is_used_if_its_probe_is_right(check, tmp_path, monkeypatch, status):
     text = "#!/bin/sh\necho Cuda compilation tools, release 13.4, V13.4.59\n"
@@ -283,8 +333,11 @@ def test_the_carried_assembler_is_used_if_its_probe_is_right(check, tmp_path, mo
     if status == "right":
         assert (row["status"], row["facts"]) == ("ok", {"ptxas": "13.4.59"})
         assert used == dict.fromkeys(gpu_check.PTXAS_VARIABLES, str(check.folder / "ptxas"))
+        other = {"Triton's assembler": dict.fromkeys(gpu_check.PTXAS_VARIABLES)}
     else:
         assert (row["status"], row["reason"], used) == ("n/a", "Triton's own is used: wrong", {})
+        other = {"carried assembler": dict.fromkeys(gpu_check.PTXAS_VARIABLES, str(check.folder / "ptxas"))}
+    assert check.assemblers == {"again": {}, **other}
 
 
 def _tile(kernel: str, block: int, ms: float | None, present: bool = False, **more) -> dict:
@@ -403,8 +456,10 @@ def test_the_rehearsal_runs_every_stage_and_faults_are_red_rows(rehearsal):
     assert "timed out" in red["fault:hang"]
     assert "of the error that is allowed" in red["fault:wrong"]
     stages = {row["stage"] for row in rows if row["status"] == "ok"}
-    assert stages == {"environment", "warm", "probes", "timings", "tiles", "models", "more"}
-    assert {stage.name for stage in gpu_check.PARTS["all"]} == stages | {"tests", "counters"}  # no GPU: all skipped
+    assert stages == {"environment", "warm", "probes", "timings", "tiles", "warm models", "models", "more"}
+    skipped = {"tests", "counters"}  # no GPU
+    assert {stage.name for part in gpu_check.PARTS.values() for stage in part} == stages | skipped
+    assert {row["item"] for row in rows if "again" in row} == {f"{fault}, again" for fault in gpu_check.FAULTS}
     measured = {(row["bench"], row["row"]["peer"]) for row in rows if row.get("bench")}
     assert {("mssa", "ours"), ("ista", "ours"), ("crate", "ours"), ("growth", "ours"), ("model", "ours")} <= measured
     assert "Self CPU time total" in (rehearsal / "summary_all.md").read_text()  # the profile
@@ -435,6 +490,8 @@ def test_the_readmes_tables_are_made_from_the_output(rehearsal, tmp_path):
             row |= {"latency_ms": None, "red": True, "reason": "wrong"}
     (tmp_path / "mssa.json").write_text(json.dumps(rows))
     assert "| tiny, 1×70×2×32, forward + backward | **red** | **red** |" in update_readme.gpu_table(tmp_path)
+    older = rows["rows"][0] | {"problem": "of another commit", "commit": "older"}
+    (tmp_path / "mssa.json").write_text(json.dumps(rows | {"rows": [*rows["rows"], older]}))
     update_readme.take(rehearsal / "gpu_check_all.tar.gz", tmp_path)  # again: rows replace equal ones
     assert len(json.loads((tmp_path / "mssa.json").read_text())["rows"]) == len(rows["rows"])
     assert "1 of 4 kernel probes" in update_readme.gpu_table(tmp_path)
