@@ -1,7 +1,7 @@
 """Checks of arguments, and the argument names of the released code and of timm."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from crate_fast.errors import UserError
@@ -19,7 +19,7 @@ TIMM_POOLS = {"token": "cls"}  # timm's value: ours; "avg" and "" are equal in b
 
 def size_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """Return the argument `name` as (height, width) in pixels; raise a UserError unless it is one number or two."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, Iterable) else (value, value)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise UserError(f"{name}={value!r}: give one positive integer, or two as (height, width), in pixels")
     return pair

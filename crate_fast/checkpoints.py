@@ -10,6 +10,7 @@ import textwrap
 
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from crate_fast.errors import UserError
@@ -202,7 +203,7 @@ def released_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         UserError: The released code cannot build the model (an ablation or another residual form).
     """
-    model = getattr(model, "_orig_mod", model)  # unwrap torch.compile
+    model = unwrap_model(model)
     if different := _unreleased(model):
         raise UserError(
             f"the released code has no such model ({different}): its weights would not load there, or would give "

@@ -57,7 +57,7 @@ def record(name: str) -> dict:
     return config.get("pretrained_cfg", config)
 
 
-def load_pretrained(name: str, *, weights: bool = True) -> nn.Module:
+def load_pretrained(name: str | Path, *, weights: bool = True) -> nn.Module:
     """Return a model with its weights in fp32, in evaluation mode.
 
     Args:
@@ -67,7 +67,10 @@ def load_pretrained(name: str, *, weights: bool = True) -> nn.Module:
     Raises:
         UserError: There is no such model, it cannot be fetched, or its files are damaged.
     """
+    name = str(name)
     if name.startswith(HUB):
+        if name.count("/") != 1:
+            raise UserError(f"{name!r} is not a name on the Hub: pass {HUB}USER/NAME")
         try:
             return create_model(name, pretrained=weights).eval()
         except (OSError, RuntimeError) as error:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from crate_fast.errors import UserError
@@ -150,11 +151,10 @@ def visit_layers(
 ) -> Tensor:
     """Run `model` on `images` and call `visit` with the trace of each chosen layer as soon as the layer has run.
 
-    Tensors that `visit` does not keep are freed before the next layer runs. Pass the model itself, not a compiled
-    wrapper.
+    Tensors that `visit` does not keep are freed before the next layer runs. Gradient checkpointing is off meanwhile.
 
     Args:
-        model: A CRATE or one of its ablations.
+        model: A CRATE or one of its ablations, also in DataParallel, DDP or `torch.compile`, without their effect.
         images: [B, channels, height, width].
         visit: Called once per chosen layer, in the order of the model.
         layers: Indices, negative ones from the end; None for all.
@@ -162,6 +162,9 @@ def visit_layers(
     Returns:
         The tokens of `model.forward_features(images)`, [B, N, C], for `model.forward_head`.
     """
+    model = unwrap_model(model)
+    if not hasattr(model, "transformer"):
+        raise UserError(f"{type(model).__name__} cannot be traced: pass a CRATE, or the encoder() of a CRATE-MAE")
     stack = model.transformer.layers
     seen: dict[str, Tensor] = {}
 
@@ -184,6 +187,8 @@ def visit_layers(
         return hook
 
     with ExitStack() as hooks:
+        hooks.callback(model.set_grad_checkpointing, model.transformer.grad_checkpointing)
+        model.set_grad_checkpointing(False)  # layers would run again in backward, without the hooks
         for index in layer_numbers(model, range(len(stack)) if layers is None else layers):
             attention, sparsifier = stack[index]
             hooks.callback(attention.fn.qkv.register_forward_hook(keep_projected).remove)

@@ -52,8 +52,8 @@ def test_export_loads_into_the_released_module_and_refuses_what_it_cannot_build(
     model, images = CRATE(**SMALL), torch.randn(2, 3, 32, 32)
     released.load_state_dict(released_state_dict(model), strict=True)
     torch.testing.assert_close(released(images), model(images), rtol=1e-4, atol=1e-5)
-    compiled = torch.compile(model, backend="eager")
-    assert released_state_dict(compiled).keys() == released.state_dict().keys()
+    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model)):
+        assert released_state_dict(wrapped).keys() == released.state_dict().keys()
     for options in ({"heads": 1, "dim_head": 48}, {"pool": "mean"}):  # the first has no output map
         assert released_state_dict(CRATE(**SMALL | options))
     refused = {"residual": "paper", "attention": "mhsa", "sparsifier": "mlp", "threshold": "soft", "pool": "avg"}

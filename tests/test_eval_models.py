@@ -202,6 +202,8 @@ def test_a_hub_that_does_not_answer_is_a_one_line_error(monkeypatch):
     refused = pytest.raises(UserError, match="hf-hub:nobody/nothing: .*try again with a network, or pass a folder")
     with refused:
         open_model("hf-hub:nobody/nothing")
+    with pytest.raises(UserError, match="'hf-hub:nobody' is not a name on the Hub: pass hf-hub:USER/NAME"):
+        crate_fast.load_pretrained("hf-hub:nobody")
     config = {"hf_hub_id": "nobody/nothing", "source": "hf-hub"}  # the config is there, the weights are not
     known = config, "crate_tiny_patch8_224", {"depth": 1, "img_size": 32}
     monkeypatch.setattr("timm.models._factory.load_model_config_from_hf", lambda *_, **__: known)

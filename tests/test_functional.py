@@ -282,6 +282,8 @@ def test_linear_takes_any_leading_dimensions_and_a_bias_of_any_strides():
     for shape, bias in itertools.product(((5,), (3, 5), (2, 3, 5), (0, 5), (2, 0, 5)), biases):
         x = torch.randn(shape)
         torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied \(3x6 and 5x4\)"):
+        linear(torch.randn(3, 6), weight)
 
 
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"

@@ -152,7 +152,9 @@ def test_parameters_have_the_given_device_and_dtype():
 
 def test_bad_arguments_are_errors():
     bad = {"residual": "pre", "sparsifier": "relu", "threshold": "hard", "backend": "cuda"}
-    for name, value in (bad | {"patch_size": 0, "depth": 0, "heads": 2.5, "num_classes": -1}).items():
+    for name, value in (
+        bad | {"patch_size": 0, "depth": 0, "heads": 2.5, "num_classes": -1, "image_size": 32.0}
+    ).items():
         with pytest.raises(ValueError, match=f"{name}={value!r}"):
             CRATE(**(SMALL | {name: value}))
     with pytest.raises(ValueError, match="attention='msa'.*'mssa', 'mhsa'"):

@@ -170,7 +170,7 @@ def test_timm_loads_what_it_saved_for_the_hub(tmp_path):
     source = timm.create_model("crate_tiny_patch8_224", **arguments).eval()
     save_for_hf(source, tmp_path, model_args=arguments, safe_serialization=True)
     images = torch.randn(2, 1, 8, 32)
-    for model in (timm.create_model(f"local-dir:{tmp_path}", pretrained=True), load_pretrained(str(tmp_path))):
+    for model in (timm.create_model(f"local-dir:{tmp_path}", pretrained=True), load_pretrained(tmp_path)):
         torch.testing.assert_close(model.eval()(images), source(images))
 
 

@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from crate_fast import CRATE
+from crate_fast import CRATE, CRATEMAE
 from crate_fast.errors import UserError
 from crate_fast.eval import white_box
 from crate_fast.eval.common.features import Features, extractor_for
@@ -57,6 +57,25 @@ def test_layers_can_be_counted_from_the_end_and_hooks_are_removed():
     with pytest.raises(ValueError, match="images are 64×64"):  # an error during the pass
         trace(model, torch.zeros(1, 3, 64, 64))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_traced_layers_do_not_run_again_in_backward():
+    """With gradient checkpointing they would run without the hooks, by other operators if there are kernels."""
+    model, runs = CRATE(**SMALL), []
+    model.set_grad_checkpointing()
+    for layer in model.transformer.layers:
+        layer.register_forward_hook(lambda *_: runs.append(1))
+    trace(model, torch.randn(1, 3, 32, 32))[-1].after_ista.sum().backward()
+    assert len(runs) == 3
+    assert model.transformer.grad_checkpointing
+
+
+def test_wrappers_are_removed_before_a_trace_and_an_autoencoder_is_refused():
+    model, images = CRATE(**SMALL), torch.randn(1, 3, 32, 32)
+    for wrapped in (nn.DataParallel(model), torch.compile(model, backend="eager")):
+        assert torch.equal(trace(wrapped, images)[0].queries, trace(model, images)[0].queries)
+    with pytest.raises(UserError, match=r"CRATEMAE cannot be traced: pass .* the encoder\(\) of a CRATE-MAE"):
+        trace(CRATEMAE(embed_dim=8, depth=1, num_heads=2, img_size=16, patch_size=8), torch.zeros(1, 3, 16, 16))
 
 
 SIZES = SMALL | {"dim": 32, "heads": 2}
