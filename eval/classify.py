@@ -22,7 +22,7 @@ from crate_fast.errors import UserError, require
 from crate_fast.eval.common import paper
 from crate_fast.eval.common.command import Evaluation, open_models
 from crate_fast.eval.common.images import Sample, batches
-from crate_fast.eval.common.models import LoadedModel
+from crate_fast.eval.common.models import LoadedModel, class_names
 from crate_fast.options import main_of
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.loader import DataSplits, plain_splits
@@ -169,6 +169,24 @@ def linear_probe(train: Tensor, labels: Tensor, val: Tensor, seed: int = 0) -> L
 # --- the protocol
 
 
+def _outputs(loaded: LoadedModel, data: DataSplits) -> list[int]:
+    """Return the number of the head's output for each class of the data; raise a `UserError` if they do not fit.
+
+    Outputs and classes are matched by name, or by number if the model's or the data's names are not known.
+    """
+    classes, numbers = list(data.classes), list(range(loaded.model.num_classes))
+    known, remedy = f"the head of {loaded.label}", "score the features instead, with --protocol knn,linear"
+    if len(numbers) != len(classes):
+        raise UserError(f"{known} has {len(numbers)} classes and the data set {len(classes)}: {remedy}")
+    names = class_names(loaded.facts["model"]) or classes
+    if names != classes and set(names) == set(classes):
+        return [names.index(name) for name in classes]
+    if names != classes and [str(number) for number in numbers] not in (names, classes):  # numbers: names not known
+        differing = ", ".join(sorted(set(names) ^ set(classes))[:4])
+        raise UserError(f"{known} and the data set have different classes, such as {differing}: {remedy}")
+    return numbers
+
+
 def check(
     loaded: LoadedModel,
     data: DataSplits,
@@ -182,12 +200,8 @@ def check(
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise UserError(f"--protocol {protocol!r}: choose among {', '.join(PROTOCOLS)}, separated by commas")
-    outputs, classes = loaded.model.num_classes, len(data.classes)
-    if "head" in protocols and outputs != classes:
-        raise UserError(
-            f"the head of {loaded.label} has {outputs} classes and the data set {classes}: score the features "
-            "instead, with --protocol knn,linear"
-        )
+    if "head" in protocols:
+        _outputs(loaded, data)
     if pool == "cls" and not loaded.extract.has_cls:
         raise UserError(f"{loaded.label} has no CLS token: pass --pool mean")
     n_images = min(train_limit or len(data.train), len(data.train))
@@ -199,16 +213,16 @@ def check(
 
 @torch.inference_mode()
 def _read(
-    loaded: LoadedModel, images: LabelledImages, pool: str, head: bool, raw_pixels: bool, **reading
+    loaded: LoadedModel, images: LabelledImages, pool: str, head: list[int] | None, raw_pixels: bool, **reading
 ) -> dict[str, Tensor]:
-    """Return labels and features of the images; optionally the head's loss and top classes, and small raw images."""
+    """Return labels and features of the images; also loss and top classes of `head`'s outputs, and raw images."""
     parts: dict[str, list[Tensor]] = {}
     for batch in batches(images, progress=f"{loaded.label}, {images.name}", **reading):
         labels = torch.tensor([sample.label for sample in batch.samples])
         tokens = loaded.model.forward_features(loaded.normalize(batch.images.to(loaded.device)))
         found = {"labels": labels, "features": pooled(loaded.model, tokens, pool).float().cpu()}
         if head:
-            logits = loaded.model.forward_head(tokens).float().cpu()
+            logits = loaded.model.forward_head(tokens).float().cpu()[:, head]
             found["ranked"] = logits.topk(min(5, logits.shape[1]), dim=1).indices
             found["loss"] = F.cross_entropy(logits, labels, reduction="none")
         if raw_pixels:
@@ -276,7 +290,8 @@ def evaluate(
     probing = "knn" in protocols or "linear" in protocols
     raw_pixels = raw_pixels and probing
     images = LabelledImages(data.val, "validation", limit)
-    val = _read(loaded, images, pool, "head" in protocols, raw_pixels, **reading)
+    head = _outputs(loaded, data) if "head" in protocols else None
+    val = _read(loaded, images, pool, head, raw_pixels, **reading)
     labels = val["labels"]
     found: dict = {"images": len(labels), "classes": len(data.classes)}
     found["chance"] = torch.bincount(labels).max().item() / len(labels)
@@ -286,7 +301,7 @@ def evaluate(
         found["head"] = {"top1": _share(right[:, 0]), "top5": top5, "loss": val["loss"].mean().item()}
     if probing:
         images = LabelledImages(data.train, "training", train_limit)
-        train = _read(loaded, images, pool, False, raw_pixels, **reading)
+        train = _read(loaded, images, pool, None, raw_pixels, **reading)
         found |= {"train_images": len(train["labels"])} | _probe(train, val, "features", protocols, ks, seed)
         if raw_pixels:
             found["raw_pixels"] = _probe(train, val, "pixels", protocols, ks, seed)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import torch
 from image_data import encoded, write_tree
 from PIL import Image
 
+from crate_fast.errors import UserError
 from crate_fast.eval import classify
 from crate_fast.eval.classify import LabelledImages, knn_predictions, linear_probe, pooled
+from crate_fast.eval.common.models import open_model
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.loader import plain_splits
 
@@ -116,3 +119,17 @@ def test_a_run_is_evaluated_on_its_own_data(tiny_run, tmp_path):
     best = json.loads((tiny_run / "summary.json").read_text())["best_val_accuracy"]
     assert (result["images"], result["classes"]) == (16, 12)
     assert result["head"]["top1"] == pytest.approx(best)
+
+
+def test_a_head_is_matched_with_the_data_by_the_names_of_the_classes(tiny_run, monkeypatch):
+    loaded = open_model(str(tiny_run))
+    data = plain_splits(loaded.config)
+    found = classify.evaluate(loaded, data, ["head"])
+    with pytest.raises(UserError, match="^[^\\n]*different classes, such as disc, disk: score.*knn"):
+        classify.check(loaded, replace(data, classes=("disk", *data.classes[1:])), ["head"])
+    assert classify.evaluate(loaded, replace(data, classes=tuple(map(str, range(12)))), ["head"]) == found  # no names
+    order = torch.randperm(12).tolist()
+    for values in loaded.model.get_classifier().parameters():
+        values.data = values.data[order]
+    monkeypatch.setattr(classify, "class_names", lambda _: [data.classes[number] for number in order])
+    assert classify.evaluate(loaded, data, ["head"])["head"] == pytest.approx(found["head"])
