@@ -73,6 +73,8 @@ def pooled(model: nn.Module, tokens: Tensor, pool: str = "cls") -> Tensor:
     """
     prefix = model.num_prefix_tokens
     token = tokens[:, :1] if pool == "cls" else tokens[:, prefix:].mean(dim=1, keepdim=True)
+    if getattr(model, "attn_pool", None) is not None:  # a pooling layer of the model's own, which changes tokens
+        return model.fc_norm(token[:, 0])
     # `forward_head` pools by itself, which leaves equal tokens unchanged
     return model.forward_head(token.expand(-1, prefix + 1, -1), pre_logits=True)
 

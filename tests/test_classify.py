@@ -64,6 +64,14 @@ def test_pooled_features_are_the_heads_input(name):
         assert not torch.allclose(pooled(model, tokens, "mean"), wanted)
 
 
+@torch.no_grad()
+def test_pooled_features_do_not_pass_through_a_models_attention_pooling():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=3, global_pool="map").eval()
+    tokens = model.forward_features(torch.randn(2, 3, 32, 32))
+    torch.testing.assert_close(pooled(model, tokens, "mean"), tokens[:, 1:].mean(dim=1))
+    torch.testing.assert_close(pooled(model, tokens), tokens[:, 0])
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Two splits of three classes, six images each: plain colours with noise."""
