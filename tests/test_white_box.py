@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
 from torch import nn
 
 from crate_fast import CRATE, CRATEMAE
@@ -143,8 +143,10 @@ def test_the_image_size_can_be_changed(model):
 
 
 def test_other_models_and_missing_layers_are_errors():
-    with pytest.raises(UserError, match="no patch features can be read from a Linear"):
-        extractor_for(nn.Linear(2, 2))
+    others = _vit(block_fn=ParallelThingsBlock), _vit(block_fn=ParallelScalingBlock), _vit(attn_layer="diff")
+    for model in (nn.Linear(2, 2), *others, VisionTransformer(depth=0)):
+        with pytest.raises(UserError, match=f"no patch features can be read from this {type(model).__name__}"):
+            extractor_for(model)
     with pytest.raises(UserError, match="layer 2 was not extracted"):
         Features((2, 2), {}).keys(2)
 

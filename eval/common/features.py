@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from crate_fast.errors import UserError
@@ -160,7 +160,7 @@ def extractor_for(model: nn.Module) -> FeatureExtractor:
         model: A `crate_fast.CRATE` (also an ablation or a CRATE-MAE's encoder) or a timm `VisionTransformer`.
 
     Raises:
-        UserError: The model has another type.
+        UserError: The model has another type, no blocks, or blocks of another kind.
 
     >>> import timm
     >>> extract = extractor_for(timm.create_model("crate_tiny_patch16_224", num_classes=0, depth=3))
@@ -170,9 +170,10 @@ def extractor_for(model: nn.Module) -> FeatureExtractor:
     """
     if isinstance(model, CRATE):
         return FeatureExtractor(model)
-    if isinstance(model, VisionTransformer) and hasattr(model.blocks[0].attn, "q_norm"):
+    blocks = model.blocks if isinstance(model, VisionTransformer) else ()
+    if blocks and isinstance(getattr(blocks[0], "attn", None), Attention):  # not in parallel, nor a difference of two
         return _ViTExtractor(model)
     raise UserError(
-        f"no patch features can be read from a {type(model).__name__}: pass a crate_fast.CRATE or one of timm's "
-        "VisionTransformer models, such as vit_small_patch8_224.dino"
+        f"no patch features can be read from this {type(model).__name__}: pass a crate_fast.CRATE or one of timm's "
+        "VisionTransformer models whose blocks hold one ordinary attention, such as vit_small_patch8_224.dino"
     )
