@@ -37,7 +37,7 @@ def _command(options: argparse.Namespace) -> None:
         raise UserError(f"--steps {absent[0]}: {run} has no such checkpoint; choose from {steps}")
     options.device = str(choose_device(options.device))
     opening = {"device": options.device, "image_size": options.image_size, "seed": options.seed}
-    untrained = open_model(f"{label}={run}@untrained", **opening)
+    untrained = open_model(f"{run}@untrained", **opening)
     layer = untrained.extract.resolve_layer(options.layer)
     images = open_data(options, untrained)
     measures = check_measures(options.measures, untrained, images, options.data)
@@ -49,7 +49,7 @@ def _command(options: argparse.Namespace) -> None:
     results: dict[int, dict[str, float]] = {}
     for step in [0, *chosen]:
         try:
-            loaded = open_model(f"{label}={run}@{step}", **opening) if step else untrained
+            loaded = open_model(f"{run}@{step}", **opening) if step else untrained
         except CheckpointError as error:  # a damaged checkpoint does not stop the others
             print(f"left out: step {step}: {error}", file=sys.stderr)
             left_out[step] = str(error)

@@ -37,6 +37,17 @@ def test_a_run_is_opened_at_its_best_step_a_given_step_or_untrained(tiny_run):
     assert twins[0].facts["parameters"] == best.facts["parameters"]
 
 
+def test_folders_and_files_may_have_an_at_in_their_names(tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "a@b" / "run@4")
+    for before, after in (("", ""), ("mine=", ""), ("", "@8")):
+        name, wanted = f"{before}{folder}{after}", open_model(f"{before}{tiny_run}{after}")
+        assert open_model(name).facts["weights_sha256"] == wanted.facts["weights_sha256"]
+        assert class_names(name) == list(CLASSES)
+    file, sizes = folder / "w@1.pth", {"depth": 2, "dim": 32, "heads": 2, "img_size": 32}
+    torch.save(timm.create_model(NAME, num_classes=7, **sizes).state_dict(), file)
+    assert open_model(f"{NAME}@{file}", model_args=SMALL).model.num_classes == 7
+
+
 def test_files_are_loaded_strictly(tmp_path):
     source = timm.create_model(NAME, num_classes=7, depth=2, dim=32, heads=2, img_size=32)
     save_file({k: v.contiguous() for k, v in source.state_dict().items()}, tmp_path / "w.safetensors")

@@ -79,7 +79,7 @@ def test_by_layer_and_by_epoch_agree_on_the_last_checkpoint(data, tmp_path, tiny
 
 
 def test_a_damaged_checkpoint_is_left_out_of_a_sweep(tmp_path, tiny_run, capsys, refuses):
-    run = shutil.copytree(tiny_run, tmp_path / "run")
+    run = shutil.copytree(tiny_run, tmp_path / "run@4")
     arguments = [str(run), "--data", "shape_scenes", "--limit", "2", "--image-size", "32", "--measures", "coarse"]
     weights = next((run / "checkpoints").glob("*8/model.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-8])

@@ -64,13 +64,15 @@ class LoadedModel:
 
 
 def split_source(source: str) -> tuple[str, str]:
-    """Split `SOURCE@WEIGHTS` into its parts; the second is "" if missing.
+    """Split `SOURCE@WEIGHTS` into its parts; the second is "" if missing. A folder or file may have @ in its name.
 
     >>> split_source("runs/a@1200"), split_source("runs/a")
     (('runs/a', '1200'), ('runs/a', ''))
     """
-    name, separator, weights = source.rpartition("@")
-    return (name, weights) if separator else (source, "")
+    name, separator, weights = source.partition("@")
+    if not separator or Path(source).is_dir():
+        return source, ""
+    return (name, weights) if Path(weights).is_file() else tuple(source.rsplit("@", 1))
 
 
 def split_label(specification: str) -> tuple[str, str]:
@@ -80,7 +82,7 @@ def split_label(specification: str) -> tuple[str, str]:
     (('CRATE-S/8', 'runs/a'), ('a@1200', 'runs/a@1200'))
     """
     label, separator, source = specification.partition("=")
-    is_path = Path(specification.rpartition("@")[0] or specification).is_dir()  # its name may contain =
+    is_path = Path(split_source(specification)[0]).is_dir()  # its name may contain =
     if separator and label and source and "@" not in label and not is_path:
         return label, source
     return specification.rstrip("/").split("/")[-1], specification
