@@ -121,7 +121,7 @@ def _evaluation(
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
     add("--seed", type=seed, default=0, help="seed of every random draw; default 0")
     add("--model-args", nargs="+", metavar="KEY=VALUE", help="arguments of models that timm builds")
-    add("--output", type=Path, help="folder of the results; default in runs/eval, named after protocol and models")
+    add("--output", type=Path, help=f"folder of the results; default runs/eval/{protocol}/MODELS/OPTIONS")
     return parser
 
 

@@ -68,7 +68,7 @@ def _command(options: argparse.Namespace) -> None:
             images = open_images(data, loaded.extract.image_size[0], options.limit)
             check_measures([measure], loaded, images, data)
             tasks.append((loaded, images, measure))
-    evaluation = Evaluation("comparison", options, [], f"comparison_{options.table}")
+    evaluation = Evaluation("comparison", options, [])
     ours: dict[str, dict[str, float]] = {}
     for loaded, images, measure in tasks:
         layer, reading = loaded.extract.resolve_layer(options.layer), evaluation.reading(f"{measure}, {loaded.label}")

@@ -5,6 +5,7 @@ import importlib
 import json
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import timm
@@ -21,6 +22,7 @@ from crate_fast.eval.common.models import open_model
 from crate_fast.eval.common.results import Records
 from crate_fast.eval.emergence.command import main as emergence
 from crate_fast.eval.white_box import main as white_box
+from crate_fast.options import parse
 
 UNTRAINED = "crate_tiny_patch8_224@untrained"
 SMALL = ["--model-args", "depth=3", "dim=32", "heads=2", "img_size=32"]
@@ -165,6 +167,24 @@ def test_the_comparison_has_the_papers_numbers_and_the_difference(data, tmp_path
     assert rows[0]["box AP"] == rows[1]["box AP"]
     for suffix in ("md", "csv"):
         assert "23.9" in (tmp_path / f"table2.{suffix}").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "folder"),
+    [
+        ("white_box runs/a A=runs/b --device cpu --workers 2", "white_box/a+A"),
+        ("attention_maps runs/a --data coco:x/coco --figure semantic", "attention_maps/a/data=coco,figure=semantic"),
+        ("pca runs/a --data folder:x --layers 0,3 --seed 1", "pca/a/data=folder_x,seed=1,layers=0+3"),
+        ("classify runs/a --raw-pixels --data-dir x/y/", "classify/a/data_dir=y,raw_pixels=True"),
+        ("comparison runs/a --table figure4 --voc voc:x", "comparison/a/table=figure4,voc=voc_x"),
+    ],
+)
+def test_the_default_folder_is_named_after_models_and_options(line, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    protocol, *words = line.split()
+    evaluation = Evaluation(protocol, parse(f"eval {protocol}", words), [])
+    assert evaluation.folder == Path("runs/eval") / folder
+    assert evaluation.folder.is_dir()
 
 
 def test_nan_is_not_written_into_results(tmp_path):

@@ -13,8 +13,11 @@ from crate_fast.errors import UserError
 from crate_fast.eval.common import results as files
 from crate_fast.eval.common.images import Batch, Sample, batches, open_images
 from crate_fast.eval.common.models import LoadedModel, check_model_args, labels_of, open_model
+from crate_fast.options import PARSERS
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.distributed import choose_device
+
+_NOT_NAMED = ("models", "output", "device", "batch_size", "workers")  # options that are no part of a folder's name
 
 
 def open_models(options: argparse.Namespace) -> list[LoadedModel]:
@@ -40,17 +43,26 @@ def attention_layers(options: argparse.Namespace, loaded: LoadedModel) -> tuple[
     return layers, default if default in layers else layers[0]
 
 
-class Evaluation:
-    """Output of one command: written files, and lines about unreadable images.
+def default_folder(protocol: str, options: argparse.Namespace) -> Path:
+    """Return runs/eval/PROTOCOL/MODELS/OPTIONS: other models or options do not overwrite the results.
 
-    Construct it before anything is computed, so that an unusable output folder is found early. Without `--output` the
-    folder is runs/eval/FOLDER/MODELS, where FOLDER is `folder` or the protocol's name.
+    OPTIONS are those that differ from their defaults and change the results; of a path, its last part.
     """
+    parser, given = PARSERS[f"eval {protocol}"](), []
+    for name, value in vars(options).items():
+        if name not in _NOT_NAMED and value != parser.get_default(name):
+            words = [str(word).rstrip("/").split("/")[-1] for word in (value if isinstance(value, list) else [value])]
+            given.append(f"{name}={'+'.join(map(files.file_name, words))}")
+    labels = "+".join(map(files.file_name, labels_of(options.models)))
+    return Path("runs/eval") / protocol / labels[:120] / ",".join(given)[:240]
 
-    def __init__(self, protocol: str, options: argparse.Namespace, models: Sequence[LoadedModel], folder: str = ""):
+
+class Evaluation:
+    """Output of one command. Construct it before anything is computed: an unusable folder is then found early."""
+
+    def __init__(self, protocol: str, options: argparse.Namespace, models: Sequence[LoadedModel]):
         self.protocol, self.options, self.models = protocol, options, models
-        labels = "+".join(map(files.file_name, labels_of(options.models)))
-        self.folder = files.make_folder(options.output or Path("runs/eval") / (folder or protocol) / labels[:120])
+        self.folder = files.make_folder(options.output or default_folder(protocol, options))
         self.problems: list[str] = []  # one line for each unreadable image, from `images.batches`
         self.written: list[Path] = []  # without results.json
 
