@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -107,14 +108,28 @@ def test_the_search_ends_when_all_remaining_patches_are_linked():
 
 @pytest.mark.parametrize("backend", [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul])
 def test_the_settings_of_reduced_precision_are_restored(backend):
-    before = backend.fp32_precision
+    before, inside, seen = backend.fp32_precision, threading.Event(), threading.Event()
+
+    def other_thread():
+        with exact_fp32():
+            inside.set()
+            seen.wait(60)
+
+    thread = threading.Thread(target=other_thread)
     try:
         backend.fp32_precision = "tf32"
         with exact_fp32():
+            thread.start()
+            inside.wait(0.2)
             assert backend.fp32_precision == "ieee"
+        inside.wait(60)
+        assert backend.fp32_precision == "ieee"  # the other thread still needs it
+        seen.set()
+        thread.join()
         maskcut(torch.randn(64, 8))
         assert backend.fp32_precision == "tf32"
     finally:
+        seen.set()
         backend.fp32_precision = before
 
 

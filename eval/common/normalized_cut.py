@@ -16,6 +16,7 @@ skipped, because the third is faster:
 3. A dense decomposition in fp64.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -190,15 +191,19 @@ def _signed(vector: Tensor) -> Tensor:
     return vector / largest * vector.gather(-1, first).sign()
 
 
+_PRECISION = threading.RLock()  # torch's settings belong to the process
+
+
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Disable TF32 and bf16 in fp32 matrix products within a context, on GPUs and CPUs."""
+    """Disable TF32 and bf16 in fp32 matrix products within a context, on GPUs and CPUs; one thread at a time."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    with _PRECISION:
+        before = [backend.fp32_precision for backend in backends]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
