@@ -47,6 +47,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(**({"allow_abbrev": False} | options))
+        self._negative_number_matcher = re.compile(r"-\.?\d[\d.,e-]*$")  # argparse: values, not options; also -1,-2
 
     def error(self, message):
         """Raise argparse's message as a UserError."""

@@ -79,6 +79,12 @@ def test_bad_values_of_options_are_errors(words, message):
         parse(f"{command} {name}", rest)
 
 
+@pytest.mark.parametrize("words", ["eval pca m --data d --layers -1,0,-3", "export m --layers -1,0,-3"])
+def test_a_list_may_begin_with_a_negative_number(words):
+    command, rest = words.split(" m ")
+    assert parse(command, ["m", *rest.split()]).layers == [-1, 0, -3]
+
+
 def test_choices_and_defaults_equal_those_of_the_modules():
     def option(command: str, name: str) -> argparse.Action:
         return next(action for action in PARSERS[command]()._actions if action.dest == name)
