@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from image_data import encoded, write_tar, write_tree
@@ -19,6 +20,7 @@ from runs import ALONE, ROOT, same, wait_until, without_figures
 
 from crate_fast import cli
 from crate_fast.errors import UserError
+from crate_fast.eval.common.images import SceneImages
 from crate_fast.eval.common.models import open_model
 from crate_fast.eval.common.results import markdown_table
 from crate_fast.eval.emergence import runs as runs_module
@@ -27,6 +29,7 @@ from crate_fast.eval.emergence.data import PhotographData, prepare_photographs
 from crate_fast.eval.emergence.protocol import MODELS, SIZES, Protocol, Run, settings_table
 from crate_fast.eval.emergence.results import Results
 from crate_fast.eval.emergence.runs import Folders, Job, train_and_score
+from crate_fast.eval.emergence.scores import checkpoint_scores
 from crate_fast.train.data.loader import build_splits
 from crate_fast.train.faults import Interruption, NonFiniteError
 from crate_fast.train.runs import run_config
@@ -112,6 +115,17 @@ def test_a_diverged_sweep_is_not_chosen_and_any_other_diverged_run_fails(tmp_pat
     assert results.chosen_lr("ViT") == 1e-3
     with pytest.raises(NonFiniteError):
         train_and_score(sweep._replace(run=Run("ViT", 0)))
+
+
+def test_unreadable_photographs_do_not_change_the_accuracy():
+    loaded, scenes = open_model("shipped:CRATE"), SceneImages(128, 6)
+    data = SimpleNamespace(
+        test=scenes, selection=scenes, protocol=SimpleNamespace(maskcut_images=1), classified=scenes
+    )
+    found = checkpoint_scores(loaded, data)
+    assert found["classified"] == 6
+    data.classified = [*map(scenes.__getitem__, range(6)), dataclasses.replace(scenes[0], problem="broken")]
+    assert checkpoint_scores(loaded, data) == found
 
 
 # --- the committed report ---

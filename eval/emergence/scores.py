@@ -21,13 +21,13 @@ def checkpoint_scores(loaded: LoadedModel, data: PhotographData) -> dict:
     """Score a model at every layer.
 
     Returns:
-        "accuracy" on test images; "selection" and "test", reading → "layers" ("best_head" and "per_head" of each)
-        and baselines, as in `segmentation.score_attention`; "white_box", R^c and sparsity of each layer, empty for
-        models without subspaces and ISTA.
+        "accuracy" on the readable test images, and "classified", their number; "selection" and "test", reading →
+        "layers" ("best_head" and "per_head" of each) and baselines, as in `segmentation.score_attention`;
+        "white_box", R^c and sparsity of each layer, empty for models without subspaces and ISTA.
     """
     few = spread(data.test, data.protocol.maskcut_images)
     scores = {
-        "accuracy": _accuracy(loaded, data.classified),
+        **_accuracy(loaded, data.classified),
         "selection": _segmentation(loaded, data.selection),
         "test": _segmentation(loaded, data.test),
         "white_box": white_box.evaluate(loaded, batches(few, _BATCH))["layers"],
@@ -51,12 +51,12 @@ def box_scores(loaded: LoadedModel, data: PhotographData) -> dict:
 
 
 @torch.inference_mode()
-def _accuracy(loaded: LoadedModel, images: Dataset) -> float:
-    right = 0
+def _accuracy(loaded: LoadedModel, images: Dataset) -> dict:
+    right: list[bool] = []
     for batch in batches(images, _BATCH):
-        found = loaded.model(loaded.normalize(batch.images.to(loaded.device))).argmax(dim=1).cpu()
-        right += int((found == torch.tensor([sample.target.classes[0] for sample in batch.samples])).sum())
-    return right / len(images)
+        found = loaded.model(loaded.normalize(batch.images.to(loaded.device))).argmax(dim=1).tolist()
+        right += [n == sample.target.classes[0] for n, sample in zip(found, batch.samples, strict=True)]
+    return {"accuracy": sum(right) / len(right), "classified": len(right)}
 
 
 def _segmentation(loaded: LoadedModel, images: Dataset) -> dict:
