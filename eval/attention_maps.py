@@ -1,11 +1,5 @@
 """CLS attention maps of each head, under noise, and next to other models (paper, Fig. 1, 7, 8, 11-14).
 
-    crate-fast eval attention_maps runs/NAME --data coco:PATH                         every head, one row per image
-    crate-fast eval attention_maps runs/NAME --data folder:PATH --figure semantic     chosen heads over many images
-    crate-fast eval attention_maps runs/NAME --data folder:PATH --figure noise_sigma  noise of increasing strength
-    crate-fast eval attention_maps runs/NAME --data folder:PATH --figure noise_share  noise on more and more pixels
-    crate-fast eval attention_maps runs/A runs/B vit_small_patch16_224@untrained --data coco:PATH --figure models
-
 Writes attention_01.png and .pdf (then 02, …: eight rows per page; with noise one figure per image), attention.npz
 with the maps by image name, results.json, and a table of entropies or, with noise, of correlations with clean maps.
 Each map has its own colour scale, since one head may spread its weight over a hundred times as many patches as

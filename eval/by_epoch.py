@@ -1,7 +1,5 @@
 """Segmentation over training: AP, mIoU and principal components at every checkpoint of a run (paper, Fig. 10).
 
-    crate-fast eval by_epoch runs/NAME --data coco:PATH
-
 A run keeps only its newest checkpoints unless it was trained with `--keep-checkpoints 100`. Step 0 is the untrained
 model, initialised from `--seed`.
 """

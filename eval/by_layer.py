@@ -1,7 +1,5 @@
 """Segmentation at every layer: MaskCut's AP, attention's mIoU and AP over depth (paper, Fig. 6).
 
-    crate-fast eval by_layer CRATE=runs/A ViT=runs/B --data coco:PATH
-
 Each measure reads all layers in one pass of the model. MaskCut needs instances (COCO or scenes), attention any masks.
 """
 

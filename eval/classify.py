@@ -1,9 +1,5 @@
 """Classification: a model's own head, k nearest neighbours, and a linear probe on frozen features.
 
-    crate-fast eval classify runs/NAME runs/NAME@untrained --protocol head,knn,linear --raw-pixels
-    crate-fast eval classify vit_small_patch8_224.dino@pretrained --protocol knn,linear --dataset cifar10 \\
-        --data-dir data
-
 A run is evaluated on its own data set unless the options name another. Images are not augmented. Features are the
 input of the head: the CLS token after the final LayerNorm.
 """

@@ -1,8 +1,5 @@
 """Coarse segmentation: do CLS attention maps cover the objects (paper, §3.2, B.3; Fig. 4)?
 
-    crate-fast eval coarse_segmentation runs/NAME                              # shape_scenes
-    crate-fast eval coarse_segmentation CRATE=runs/A ViT=runs/B --data voc:PATH
-
 Each semantic class of an image is an object, scored on the patch grid with the head of the largest IoU. Scores are
 averaged over the objects of an image, then over images. Void patches, the background, and objects that cover no patch
 are not scored. "The top 60 %" is read as entries (`topk`, the paper's text) and as mass (`mass`, DINO's code). Both

@@ -1,10 +1,5 @@
 """Several models in one table with the paper's numbers (paper, Tables 1 and 2, Fig. 4).
 
-    crate-fast eval comparison --table table1 CRATE-S/8=A ViT-S/8=B DINO-S/8=vit_small_patch8_224.dino@pretrained \\
-        --coco coco:PATH
-    crate-fast eval comparison --table table2 CRATE=A CRATE-MLP=B CRATE-MHSA=C ViT=D --coco coco:PATH --voc voc:PATH
-    crate-fast eval comparison --table figure4 CRATE-S/8=A ViT-S/8=B --voc voc:PATH
-
 A model with one of the paper's names also gets the paper's numbers and the gap; other models have only our numbers.
 """
 

@@ -1,9 +1,5 @@
 """Weakly supervised object localization: do attention maps of a model trained on labels find the object's box?
 
-    crate-fast eval localization CRATE=runs/A A0=runs/A@untrained ViT=runs/B --data coco:PATH
-    crate-fast eval localization runs/A --data folder:ILSVRC/val --boxes ILSVRC/Annotations/CLS-LOC/val
-    crate-fast eval localization runs/A --data folder:PHOTOS --boxes boxes.json
-
 A map is enlarged bilinearly, scaled to [0, 1] and thresholded at 100 levels. The predicted box at a level encloses
 the largest connected component; its IoU is the largest IoU with an annotated box. Scores (Choe et al., *Evaluating
 Weakly Supervised Object Localization Methods Right*, 2020):

@@ -1,8 +1,5 @@
 """MaskCut: objects from patch features by repeated normalised cuts (paper, §3.2, B.4; Table 1 and Fig. 5).
 
-    masks, residuals, solvers = maskcut(features)                       # the algorithm
-    crate-fast eval maskcut MODEL --data coco:PATH                      # a data set, with AP and AR
-
 The command writes one record per image to its output folder, and resumes from these.
 """
 

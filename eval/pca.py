@@ -1,14 +1,9 @@
 """Principal components of patch features: foreground, and parts as colours (paper, Fig. 3, 6, 9, 10 and B.2).
 
-    crate-fast eval pca runs/NAME runs/VIT --data coco:PATH --class horse     a column per model (Fig. 3)
-    crate-fast eval pca runs/NAME --data folder:PATH --layers all             a column per layer (Fig. 9)
-    crate-fast eval pca runs/NAME --data folder:PATH --layers 0,3,6 --components 2-4   component 1 in grey, 2 to 4 in
-                                                                              colour, of all patches (Fig. 6)
-    crate-fast eval pca A=runs/NAME@1000 B=runs/NAME@9000 --data folder:PATH  a column per checkpoint (Fig. 10)
-
 All images share one PCA. They should show one kind of object, so that a colour marks the same part in all of them.
 Features are the subspace tokens of CRATE or the keys of a ViT, all heads concatenated. Writes pca_01.png and .pdf
 (then 02, …: eight rows per page), results.json and a table. With layers as columns, each model has its own figure.
+`--components 2-4` colours all patches, and shows component 1 in grey.
 """
 
 import argparse

@@ -1,7 +1,5 @@
 """Hidden patches reconstructed by a CRATE-MAE: a figure by mask ratio, and errors.
 
-    crate-fast eval reconstruction runs/MAE --data folder:PHOTOS --ratios 0.25,0.5,0.75,0.9
-
 Errors are root mean squares over the hidden pixels, with values from 0 to 1. Two constant predictions are baselines:
 the mean colour of the visible pixels, and the mean colour of the whole image, which a model cannot see. A model with
 normalised targets is given each patch's true mean and deviation, as in its figure; its errors are marked.

@@ -1,7 +1,5 @@
 """White-box curves: R^c of each layer's subspace tokens, and the share of non-zeros after ISTA.
 
-    crate-fast eval white_box runs/NAME runs/NAME@untrained --data shape_scenes --limit 200
-
 CRATE is derived to minimise both, so both should fall with depth. The command prints for each model, trained or
 untrained, whether they do. Absolute values of R^c grow with the number of heads, the head width and 1/ε: compare them
 within a model only.
