@@ -4,13 +4,13 @@ import contextlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ import torch
 from explorer import SHIPPED, explorer_with, picture_file, served
 from image_data import encoded, write_tree
 from PIL import Image
+from runs import ROOT
 from torchvision.ops import masks_to_boxes
 
 from crate_fast.errors import UserError
@@ -294,24 +295,14 @@ def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_an_error_message(tiny
         command.open_explorer(parse("explore", ["--device", "cpu"]))
 
 
-def _serve(out, err) -> None:
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    sys.stdout, sys.stderr = (os.fdopen(end.fileno(), "w", closefd=False) for end in (out, err))
-    sys.exit(command.main(["--checkpoint", "shipped:CRATE", "--no-browser"]))
-
-
 def test_the_command_serves_until_it_is_interrupted():
-    (out, out_end), (err, err_end) = (multiprocessing.Pipe(duplex=False) for _ in range(2))
-    process = multiprocessing.get_context("fork").Process(target=_serve, args=(out_end, err_end))
-    process.start()
-    out_end.close(), err_end.close()
-    with os.fdopen(out.fileno(), closefd=False) as lines, os.fdopen(err.fileno(), closefd=False) as errors:
-        address = lines.readline().split()[0]
+    words = [sys.executable, "-m", "crate_fast.cli", "explore", "--checkpoint", "shipped:CRATE", "--no-browser"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        address = process.stdout.readline().split()[0]
         assert ask(address, "setup")["models"][0]["label"] == "shipped:CRATE"
-        os.kill(process.pid, signal.SIGINT)
-        process.join(60)
-        assert process.exitcode == 0
-        assert "Traceback" not in errors.read()
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.communicate(timeout=60)[1]
+    assert process.returncode == 0
 
 
 def test_bad_arguments_of_the_command_are_errors(refuses):
