@@ -205,5 +205,5 @@ def create_model(name: str, **kwargs) -> nn.Module:
         return create_mae(name, **kwargs)
     try:
         return timm.create_model(name, **kwargs)
-    except AssertionError as error:  # timm's error for sizes that do not fit
+    except (AssertionError, ZeroDivisionError) as error:  # timm's errors for sizes that do not fit
         raise UserError(f"model={name!r} cannot be built with {kwargs} ({error}): choose sizes that fit") from error

@@ -108,6 +108,10 @@ def test_wrong_model_names_are_errors(tiny_run):
 def test_wrong_model_arguments_are_errors(tiny_run, tmp_path, refuses):
     with pytest.raises(ValueError, match="write KEY=VALUE"):
         open_model(f"{NAME}@untrained", model_args=["depth"])
+    with pytest.raises(
+        UserError, match="model='vit_tiny_patch16_224' cannot be built with .*: choose sizes that fit"
+    ):
+        open_model("vit_tiny_patch16_224@untrained", model_args=["num_heads=0"])
     assert open_model(str(tiny_run), model_args=["depth=7"]).facts["model_args"] == {}
     words = [str(tiny_run), "--model-args", "depth=7", "--output", str(tmp_path)]
     refuses("have their own settings; leave them out", white_box, words)

@@ -143,7 +143,8 @@ def test_the_image_size_can_be_changed(model):
 
 
 def test_other_models_and_missing_layers_are_errors():
-    others = _vit(block_fn=ParallelThingsBlock), _vit(block_fn=ParallelScalingBlock), _vit(attn_layer="diff")
+    others = _vit(block_fn=ParallelThingsBlock), _vit(block_fn=ParallelScalingBlock), _vit()
+    others[-1].blocks[0].attn = nn.Identity()  # another kind of attention
     for model in (nn.Linear(2, 2), *others, VisionTransformer(depth=0)):
         with pytest.raises(UserError, match=f"no patch features can be read from this {type(model).__name__}"):
             extractor_for(model)

@@ -1,7 +1,7 @@
 """Export a run's best model, with a model card, as a folder for timm and the Hugging Face Hub.
 
     crate-fast share runs/NAME FOLDER                              # config.json, model.safetensors, README.md
-    crate-fast share runs/NAME FOLDER --scores runs/eval/localization/NAME/results.json
+    crate-fast share runs/NAME FOLDER --scores results.json        # of `eval localization`
     crate-fast share runs/NAME FOLDER --push USER/NAME             # upload the folder too
 
     model = crate_fast.load_pretrained("FOLDER")                   # once uploaded, hf-hub:USER/NAME
