@@ -3,9 +3,9 @@
 import functools
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import groupby
-from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
 
 import harness
@@ -83,7 +83,7 @@ def test_the_maskcut_benchmark_compares_masks_before_times(monkeypatch):
 
 
 def test_the_data_benchmark_compares_batches_before_times(capsys, monkeypatch):
-    monkeypatch.setattr("multiprocessing.get_context", lambda kind: SimpleNamespace(Pool=ThreadPool))
+    monkeypatch.setattr("crate_fast.train.write_shards.ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr(bench_data, "drawn_jpegs", functools.cache(bench_data.drawn_jpegs))
     assert bench_data.main(["--smoke"]) == 0
     out = capsys.readouterr().out

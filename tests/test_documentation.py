@@ -14,9 +14,8 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import uvicorn
@@ -113,7 +112,7 @@ def test_the_commands_and_python_of_a_page_run(page, scratch, tiny_run, monkeypa
     text = page.read_text()
     if not re.search(r"--output RUN\b", text):  # the page does not train RUN itself
         (scratch / "RUN").symlink_to(tiny_run)
-    monkeypatch.setattr("multiprocessing.get_context", lambda kind: SimpleNamespace(Pool=ThreadPool))  # write_shards
+    monkeypatch.setattr("crate_fast.train.write_shards.ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: [socket.close() for socket in sockets])
     for command in _commands(page):
         if command.startswith((*PARSED, *IGNORED)):

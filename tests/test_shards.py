@@ -6,8 +6,10 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 import tarfile
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,7 +231,7 @@ def test_a_shard_that_shrinks_during_a_run_is_a_problem_of_its_images(tmp_path):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Arguments of write_shards for four images per class, large and small, one corrupt; workers are threads."""
-    monkeypatch.setattr("multiprocessing.get_context", lambda kind: SimpleNamespace(Pool=ThreadPool))
+    monkeypatch.setattr("crate_fast.train.write_shards.ProcessPoolExecutor", ThreadPoolExecutor)
     draw, files = np.random.default_rng(0), {}
     for folder, i in itertools.product(("train/ant", "train/bee", "val/ant", "val/bee"), range(4)):
         noise = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
@@ -283,6 +285,25 @@ def test_a_source_and_the_job_of_a_writing_process_can_be_pickled(folder, tmp_pa
 def test_bad_arguments_of_the_writer_are_errors(folder, words, message, refuses):
     write_tree(Path("old"), {"a.tar": b""})
     refuses(message, write_shards.main, [*folder, *words])
+
+
+def test_a_killed_writing_process_is_an_error(tmp_path):
+    class Deadly(list):
+        def __reduce__(self):
+            return os._exit, (137,)  # in the process that unpickles it
+
+    options = SimpleNamespace(workers=2, per_shard=1)
+    with pytest.raises(UserError, match="writes the shards of train was killed.*pass fewer --workers than 2"):
+        write_shards._write_split(Deadly("ab"), tmp_path / "train", options)
+
+
+def test_writing_processes_end_with_a_killed_command(folder):
+    os.mkfifo("data/train/ant/4.jpg")
+    command = [sys.executable, "-m", "crate_fast.train.write_shards", *folder]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    with process, open("data/train/ant/4.jpg", "wb"):  # opens when a writing process waits for this image
+        process.kill()
+        process.communicate(timeout=60)  # returns when no process holds stderr
 
 
 def test_formats_that_shards_do_not_have_become_jpegs():

@@ -10,9 +10,13 @@ images keep their bytes. Corrupt images are left out and listed at the end. The 
 import argparse
 import io
 import multiprocessing
+import os
 import shutil
 import sys
 import tarfile
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from PIL import Image
@@ -56,6 +60,8 @@ _job: tuple = ()  # source, path without number, options: sent to each worker on
 def _init_worker(*job) -> None:
     global _job
     _job = job
+    if parent := multiprocessing.parent_process():  # the pool's processes would outlive a parent that is killed
+        threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
 
 
 def _write_shard(number: int) -> list[str]:
@@ -78,9 +84,17 @@ def _write_shard(number: int) -> list[str]:
 def _write_split(source: Source, path: Path, options: argparse.Namespace) -> list[str]:
     numbers = range(-(-len(source) // options.per_shard))
     processes, job = min(options.workers, len(numbers)), (source, path, options)
-    with multiprocessing.get_context("spawn").Pool(processes, _init_worker, job) as pool:
-        done = tqdm(pool.imap(_write_shard, numbers), total=len(numbers), unit="shard", desc=path.name)
-        problems = [line for problems in done for line in problems]
+    chunk = -(-len(numbers) // (64 * processes))  # shards per task: few tasks wait, however many shards there are
+    try:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _init_worker, job) as pool:
+            shards = pool.map(_write_shard, numbers, chunksize=chunk)
+            done = tqdm(shards, total=len(numbers), unit="shard", desc=path.name)
+            problems = [line for problems in done for line in problems]
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a process that writes the shards of {path.name} was killed, perhaps for memory: pass fewer --workers "
+            f"than {processes}"
+        ) from error
     if len(problems) == len(source):
         raise UserError(
             f"none of the {len(problems)} images of {path.name} can be read; the first error: {problems[0]}"
