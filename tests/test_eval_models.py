@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 
 import crate_fast
@@ -21,7 +24,8 @@ from crate_fast.eval.white_box import main as white_box
 from crate_fast.train import share
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.shape_scenes import CLASSES
-from crate_fast.train.runs import load_model
+from crate_fast.train.data.transforms import Normalize, eval_transform, pixels
+from crate_fast.train.runs import build_model, load_model
 
 SMALL = ["depth=2", "dim=32", "heads=2", "img_size=32"]
 NAME = "crate_tiny_patch8_224"
@@ -231,7 +235,9 @@ def shared(tiny_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared") / "model"
     row, box = {"layer": 0, "best_head": {"MaxBoxAccV2": 0.5}}, {"MaxBoxAccV2": 0.25}
     scores = folder.with_name("results.json")
-    scores.write_text(json.dumps({"results": {"A": {"layers": [row], "baselines": {"mean box": box}}}}))
+    results = {"A": {"layers": [row], "baselines": {"mean box": box}}}
+    models = [{"label": "A", "image_size": [48, 48]}]
+    scores.write_text(json.dumps({"config": {"models": models}, "results": results}))
     assert share.main([str(tiny_run), str(folder), "--scores", str(scores), "--license", "mit"]) == 0
     return folder
 
@@ -248,11 +254,24 @@ def test_timm_loads_the_folder_with_equal_outputs(shared, tiny_run):
     assert (written["num_classes"], written["license"]) == (12, "mit")
 
 
+@pytest.mark.parametrize("name", ["vit_base_patch8_224", "crate_alpha_base_patch8_224"])
+def test_timm_prepares_images_for_the_folder_as_our_evaluation_does(name, tiny_run, tmp_path, monkeypatch):
+    config = replace(load_model(tiny_run)[1], model=name)
+    monkeypatch.setattr(share, "load_model", lambda run: (build_model(config, 12), config, 8))
+    share.write_model_folder(tiny_run, tmp_path / "model")
+    opened = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(opened))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    expected = torch.tensor(pixels(eval_transform(config)(picture)))
+    torch.testing.assert_close(prepare(picture)[None], Normalize(config.mean)(expected[None]))
+
+
 def test_the_card_has_the_runs_scores_and_no_local_paths(shared, tiny_run):
     card = (shared / "README.md").read_text()
     summary = json.loads((tiny_run / "summary.json").read_text())
-    assert f"validation accuracy: {summary['best_val_accuracy']:.4f}" in card
-    for words in ("average precision, best head", "mean mask", "MaxBoxAccV2 0.500; mean box 0.250"):
+    assert f"validation accuracy at 32 px: {summary['best_val_accuracy']:.4f}" in card
+    localization = "localization (A at 48 px), layer 0, best head: MaxBoxAccV2 0.500; mean box 0.250"
+    for words in ("after the last step at 32 px, average precision, best head", "mean mask", localization):
         assert words in card
     assert {"license: mit", "dim: 32"} <= {*card.splitlines()}
     assert "/tmp" not in card

@@ -48,14 +48,18 @@ def _card(name: str, facts: dict, results: list[str], config: TrainConfig, licen
     return "\n\n".join(parts)
 
 
-def _recorded_results(summary: dict) -> list[str]:
-    """Return the best checkpoint's accuracy, and the last one's attention scores at the paper's layer, as lines."""
-    lines = [f"validation accuracy: {summary['best_val_accuracy']:.4f}"] if "best_val_accuracy" in summary else []
+def _recorded_results(summary: dict, image_size: int) -> list[str]:
+    """Return the best checkpoint's accuracy, and the last one's attention scores at the paper's layer, as lines.
+
+    `image_size` is that of the run; a model that is shared for another size has not been measured at it.
+    """
+    best = summary.get("best_val_accuracy")
+    lines = [] if best is None else [f"validation accuracy at {image_size} px: {best:.4f}"]
     for reading, found in summary.get("attention_miou", {}).items():
         score = next(row["best_head"] for row in found["layers"] if row["layer"] == summary["attention_layer"])
         name = "average precision" if reading == "ap" else f"mIoU ({reading})"
         lines.append(
-            f"attention and object masks after the last step, {name}, best head: {score:.3f}; "
+            f"attention and object masks after the last step at {image_size} px, {name}, best head: {score:.3f}; "
             f"mean mask {found['mean_mask']:.3f}"
         )
     return lines
@@ -64,12 +68,13 @@ def _recorded_results(summary: dict) -> list[str]:
 def _localization_results(path: Path) -> list[str]:
     """Return a line for each layer in the results.json of `crate-fast eval localization`."""
     try:
-        results = json.loads(path.read_text())["results"]
+        found = json.loads(path.read_text())
+        sizes = {model["label"]: model["image_size"][0] for model in found["config"]["models"]}
         return [
-            f"localization ({label}), layer {row['layer']}, best head: MaxBoxAccV2 "
-            f"{row['best_head']['MaxBoxAccV2']:.3f}; mean box {found['baselines']['mean box']['MaxBoxAccV2']:.3f}"
-            for label, found in results.items()
-            for row in found["layers"]
+            f"localization ({label} at {sizes[label]} px), layer {row['layer']}, best head: MaxBoxAccV2 "
+            f"{row['best_head']['MaxBoxAccV2']:.3f}; mean box {scores['baselines']['mean box']['MaxBoxAccV2']:.3f}"
+            for label, scores in found["results"].items()
+            for row in scores["layers"]
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -107,10 +112,14 @@ def write_model_folder(
     found = checkpoint.manifest(run / "checkpoints", step)
     classes = found.get("data", {}).get("classes")
     summary = run / "summary.json"
-    results = _recorded_results(json.loads(summary.read_text())) if summary.is_file() else []
+    results = _recorded_results(json.loads(summary.read_text()), config.image_size) if summary.is_file() else []
     results += _localization_results(scores) if scores else []
     mean, std = STATISTICS[config.mean]
+    size = image_size or config.image_size
     ours = {"mean": mean, "std": std, "num_classes": model.num_classes, "license": license_name}
+    # of `eval_transform`, instead of the architecture's
+    ours |= {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic", "input_size": (3, size, size)}
+    ours |= {"test_crop_pct": None, "test_input_size": None, "pool_size": None}
     if description:
         ours["description"] = description
     model.pretrained_cfg = {**model.pretrained_cfg, **ours}
