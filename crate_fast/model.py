@@ -159,7 +159,7 @@ class CRATE(nn.Module):
         device, dtype: Device and dtype of the parameters.
 
     Raises:
-        UserError: An argument is out of range or not a valid choice; the message names it and the choices.
+        UserError: An argument is out of range, not a valid choice or without effect; the message names the remedy.
 
     >>> model = CRATE(image_size=32, patch_size=4, num_classes=10, dim=48, depth=2, heads=3, dim_head=16)
     >>> model(torch.zeros(2, 3, 32, 32)).shape
@@ -217,8 +217,18 @@ class CRATE(nn.Module):
         check_choice("attention", attention, ("mssa", "mhsa"))
         check_choice("sparsifier", sparsifier, ("ista", "odl", "mlp"))
         check_choice("threshold", threshold, THRESHOLDS)
-        if sparsifier == "odl" and threshold != "relu":
-            raise UserError(f"threshold={threshold!r}: ODL has non-negative codes; use 'relu'")
+        for name, value, default, own in (
+            ("threshold", threshold, "relu", "ista"),
+            ("odl_ratio", odl_ratio, 4, "odl"),
+            ("odl_steps", odl_steps, 2, "odl"),
+            ("odl_tied", odl_tied, False, "odl"),
+            ("odl_residual", odl_residual, True, "odl"),
+        ):
+            if value != default and sparsifier != own:
+                raise UserError(
+                    f"{name}={value!r} has no effect with sparsifier={sparsifier!r}: leave it out, or pass "
+                    f"sparsifier={own!r}"
+                )
         if odl_steps not in (1, 2):
             raise UserError(f"odl_steps={odl_steps!r}: give 1 or 2")
         check_choice("backend", backend, BACKENDS)

@@ -232,9 +232,20 @@ def test_bad_input_of_the_operator_is_an_error():
 
 
 def test_bad_arguments_of_the_model_are_errors():
-    for name, value, remedy in (("threshold", "soft", ""), ("odl_steps", 3, ": give 1 or 2"), ("odl_ratio", 0, "")):
+    for name, value, remedy in (("odl_steps", 3, ": give 1 or 2"), ("odl_ratio", 0, "")):
         with pytest.raises(UserError, match=f"{name}={value!r}{remedy}"):
             _alpha(**{name: value})
+
+
+def test_arguments_of_another_sparsifier_are_errors():
+    refused = [({"threshold": "soft"}, ("odl", "mlp"), "ista")]
+    refused += [(option, ("ista", "mlp"), "odl") for option in (*VARIANTS, {"odl_ratio": 2})]
+    for option, others, own in refused:
+        ((name, value),) = option.items()
+        for other in others:
+            message = f"{name}={value!r} has no effect with sparsifier='{other}': .* pass sparsifier='{own}'"
+            with pytest.raises(UserError, match=message):
+                build_model(TrainConfig(sparsifier=other, **option), 3)
 
 
 def test_variants_are_settings_of_training():
