@@ -17,6 +17,7 @@ N, PATCHES, PATCH_DIM, C, HEADS, DEPTH, K = 65, 64, 48, 32, 2, 3, 10  # of TINY
 TINY = TrainConfig(
     image_size=32, patch_size=4, dim=C, depth=DEPTH, heads=HEADS, label_smoothing=0.0, batch_size=8, device="cpu"
 )
+SWIN = {"model": "swin_tiny_patch4_window7_224", "patch_size": None, "dim": None, "depth": None, "heads": None}
 TINY_MAE = dataclasses.replace(TINY, model="crate_mae_tiny_patch16_224", decoder_depth=1)
 
 
@@ -85,7 +86,7 @@ def test_activations_equal_those_of_a_real_forward_pass():
 
 def _really_saved(config: TrainConfig, dtype: torch.dtype | None) -> int:
     model, saved = build_model(config, K).train(), {}
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
     def keep(tensor):
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
@@ -99,10 +100,11 @@ def _really_saved(config: TrainConfig, dtype: torch.dtype | None) -> int:
     return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
 
 
-def test_checkpointing_keeps_the_layers_inputs_and_one_layer():
-    checkpointed = _changed(grad_checkpointing=True)
-    inputs, whole = _really_saved(checkpointed, None), _really_saved(TINY, None)
-    assert _kept(checkpointed, "cpu", None) == inputs + (whole - inputs) // DEPTH
+@pytest.mark.parametrize(("changes", "layers"), [({}, DEPTH), (SWIN, 12)], ids=["crate", "swin"])
+def test_checkpointing_keeps_the_layers_inputs_and_one_layer(changes, layers):
+    config, checkpointed = _changed(**changes), _changed(**changes, grad_checkpointing=True)
+    inputs, whole = _really_saved(checkpointed, None), _really_saved(config, None)
+    assert _kept(checkpointed, "cpu", None) == inputs + (whole - inputs) // layers
 
 
 def test_activations_in_bf16_by_the_kernels_by_hand():

@@ -87,7 +87,8 @@ def activation_bytes(
     """Return the bytes that autograd saves for the backward pass of a micro-batch of `images` on one device.
 
     Each storage that the device's kernels save counts once; parameters do not count. With gradient checkpointing the
-    activations of one recomputed layer are added. `device` is "cuda" or "cpu"; this machine need not have it.
+    activations of one recomputed layer (the mean over the layers) are added. `device` is "cuda" or "cpu"; this
+    machine need not have it.
     """
     kept = _saved_bytes(model, config, images, device, dtype)
     if not config.grad_checkpointing:

@@ -130,7 +130,9 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     """Return the layers of a CRATE, CRATE-MAE or timm model; an empty list if they have other names."""
     if hasattr(model, "transformer"):
         return list(model.transformer.layers)
-    return [*getattr(model, "blocks", ()), *getattr(model, "decoder_blocks", ())]
+    stages = [model, *getattr(model, "layers", ()), *getattr(model, "stages", ())]  # of Swin and similar models
+    blocks = [block for stage in stages for block in getattr(stage, "blocks", ())]
+    return [*blocks, *getattr(model, "decoder_blocks", ())]
 
 
 def shards_model(config: TrainConfig, processes: Processes) -> bool:
