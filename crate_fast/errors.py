@@ -24,6 +24,7 @@ _EXTRA_OF = {  # import name of a package: the extra that installs it
 _REMEDIES = {  # of system errors that are not bugs
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or use another folder"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions, or use another folder"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "a file is in the place of a folder; name another folder"),
     errno.EIO: "check its disk",
     errno.EMFILE: "raise the limit of open files with ulimit -n",
 }

@@ -189,6 +189,13 @@ def test_bad_command_lines_are_one_line_errors(arguments, message, capsys, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_in_the_place_of_the_output_folder_is_an_error(tmp_path, refuses):
+    (file := tmp_path / "file").touch()
+    for folder in (file, file / "run"):
+        words = ["--train-samples", "128", "--depth", "1", "--output", str(folder)]
+        refuses(f"{folder}: .*: a file is in the place of a folder; name another", pretrain.main, words)
+
+
 def test_bad_recipes_are_errors(tmp_path):
     path = tmp_path / "bad.yaml"
     for text, message in {

@@ -64,8 +64,8 @@ def writing(folder: Path):
         number = error.errno if isinstance(error, OSError) else None
         cut = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)  # torch.save's reports
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or cut or free < 2**20
-        if isinstance(error, RuntimeError) and not full:
-            raise
+        if (isinstance(error, RuntimeError) and not full) or number in (errno.EEXIST, errno.ENOTDIR):
+            raise  # `run_command` has a remedy for the last two
         remedy = "free some space" if full else "check its permissions and its disk"
         raise DiskError(
             f"{folder} could not be written ({error}; {free / 2**20:,.0f} MiB are free there). Finished checkpoints "
