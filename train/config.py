@@ -72,8 +72,8 @@ class TrainConfig:
     image_size: Count = 64
     """Height and width of the images, in pixels."""
     crop: Literal["none", "pad", "random", "center"] = "none"
-    """Training crop: none; pad (random position, with padding of 1/8 of the size); random (scale and aspect ratio);
-    center."""
+    """Training crop: none (squashes images that are not square); pad (as none, then a random position, with padding
+    of 1/8 of the size); random (scale and aspect ratio); center, as in evaluation."""
     crop_scale: Share = 0.08
     """Smallest fraction of the image's area that crop=random keeps."""
     hflip: Share = 0.0
