@@ -26,10 +26,11 @@ from crate_fast.train import checkpoint
 KINDS = ("kill -9 of one process", "kill -9 of all", "SIGTERM to torchrun")
 
 
-def torchrun(folder: Path, words: list[str], log: Path) -> subprocess.Popen:
+def torchrun(folder: Path, words: list[str], log: Path, restarts: int = 100) -> subprocess.Popen:
     """Start or continue a run of two processes under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "100"]
-    command += ["--master_port", str(free_port()), str(ROOT / "train" / "pretrain.py"), *words]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--max-restarts", str(restarts), "--master_port", str(free_port())]
+    command += [str(ROOT / "train" / "pretrain.py"), *words]
     command += ["--output", str(folder), "--resume", "--device", "cpu"]
     with log.open("a") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, start_new_session=True)
@@ -66,9 +67,8 @@ def disturb(folder: Path, words: list[str], every: float, seed: int) -> dict:
         while time.time() < moment and process.poll() is None:
             time.sleep(0.01)
         if process.poll() is not None:
-            if not (folder / "summary.json").exists():
-                process = torchrun(folder, words, log)
-            continue
+            _finish(process, log)
+            break
         before = _step(folder)
         kind = draw.choice(KINDS)
         _kill(kind, process, draw)
@@ -78,6 +78,8 @@ def disturb(folder: Path, words: list[str], every: float, seed: int) -> dict:
         if newest is not None:
             checkpoint.load(folder / "checkpoints", newest)
             lost.append(max(0, before - newest))
+        if process.poll() is not None and not (folder / "summary.json").exists():  # the kill ended torchrun
+            process = torchrun(folder, words, log)
     process.wait()
     return {
         "kills": dict(kinds),
@@ -85,6 +87,12 @@ def disturb(folder: Path, words: list[str], every: float, seed: int) -> dict:
         "steps_lost_by_a_kill_at_most": max(lost, default=0),
         "seconds": round(time.time() - began),
     }
+
+
+def _finish(process: subprocess.Popen, log: Path) -> None:
+    """Wait for torchrun, which nobody kills; exit with an error if it fails."""
+    if process.wait():
+        sys.exit(f"error: a run ended by itself with status {process.returncode}: read {log}, change the settings")
 
 
 def _step(folder: Path) -> int:
@@ -118,9 +126,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     options.output.mkdir(parents=True, exist_ok=True)
     quiet, broken = options.output / "undisturbed", options.output / "disturbed"
-    calm = torchrun(quiet, options.words, quiet.with_suffix(".log"))
+    log = quiet.with_suffix(".log")
+    _finish(torchrun(quiet, [*options.words, "--dry-run"], log, restarts=0), log)
+    calm = torchrun(quiet, options.words, log)
     report = disturb(broken, options.words, options.every, options.seed)
-    calm.wait()
+    _finish(calm, log)
     report["equal"] = compare(quiet, broken)
     report["steps"] = checkpoint.newest(quiet / "checkpoints")
     checkpoint.write_text(options.output / "report.json", json.dumps(report, indent=2) + "\n")
