@@ -99,6 +99,7 @@ def test_wrong_model_names_are_errors(tiny_run):
         (f"{tiny_run}@latest", "write @STEP or @untrained"),
         (f"{tiny_run.parent}@untrained", "is not a run"),
         ("runs/absent", "neither the folder of a run nor a timm model"),
+        ("photographs", "did you mean 'shipped:photographs'"),
         (NAME, f"choose weights: {NAME}@FILE"),
         (f"{NAME}@pretrained", f"Give a file of its weights, as in {NAME}@FILE"),
         (f"{NAME}.nope@untrained", "nor a timm model"),

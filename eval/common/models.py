@@ -156,7 +156,7 @@ def _from_timm(name: str, version: str, arguments: dict, seed: int) -> nn.Module
             raise UserError(f"{name} does not take --model-args {known | arguments}: {error}") from error
 
     if not is_model(name):
-        near = nearest(name, model_names())
+        near = nearest(name, [*(_SHIPPED + known for known in packaged_models()), *model_names()])
         raise UserError(f"{name!r} is neither the folder of a run nor a timm model{near}; correct the name")
     if version == "untrained":
         return _seeded(create, seed)
