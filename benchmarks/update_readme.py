@@ -46,7 +46,7 @@ def cpu_table(file: str = "cpu", dtype: str = "fp32") -> str:
                 "ours": ms[OURS],
                 "ours, compiled": ms["ours, compiled"],
                 "over the faster released": f"**{faster:.2f}×**",
-                "of the floor": f"{peers[OURS]['of_floor']:.0%}",
+                "floor / ours": f"{peers[OURS]['of_floor']:.0%}",
                 "MiB, released → ours": None if None in memory else f"{memory[0]:,.0f} → {memory[1]:,.0f}",
             }
         )
@@ -55,8 +55,8 @@ def cpu_table(file: str = "cpu", dtype: str = "fp32") -> str:
     note = (
         f"{content['device']}, torch {content['torch']}, commits {commits}; same weights, outputs and gradients "
         "compared first. Compiled: the released code under `torch.compile`. ViT: timm's of the same sizes, eager or "
-        "compiled. onnxruntime runs our exported file. Floor: the model's operations at the rate of a large product "
-        "in the same run."
+        f"compiled. {'onnxruntime runs our exported file. ' if 'onnxruntime' in rows[0] else ''}Floor: the time of "
+        "the model's operations at the rate of a large product in the same run."
     )
     return f"{markdown_table(rows)}\n{note}\n"
 
@@ -87,7 +87,7 @@ def _problems(rows: list[dict]) -> list[dict]:
             sizes = "×".join(str(size[key]) for key in keys if key in size)
             line = {size["dtype"]: f"{problem}, {sizes}, {what}"}
             line |= {"TFLOP/s": _cell(ours, lambda row: row["tflops_per_s"])}
-            line |= {"of the floor": _cell(ours, lambda row: f"{row['of_floor']:.0%}")}
+            line |= {"floor / ours": _cell(ours, lambda row: f"{row['of_floor']:.0%}")}
         line |= {"ours, ms": _cell(ours, lambda row: row["latency_ms"])}
         line |= {"ours, peak MiB": _cell(ours, lambda row: row["peak_mib"] or "n/a")}
         for peer in dict.fromkeys(row["peer"] for row in rows if row["peer"] != OURS):

@@ -21,7 +21,7 @@ CAPTIONS = {  # name → caption, in the report's order
     "figure6_by_layer": "Scores by layer, means and standard deviations over seeds (Fig. 6).",
     "figure6_components": "Principal components 2 to 4 of patch features by layer, as colours; four images (Fig. 6).",
     "figure7_heads": "CLS attention of every head of CRATE, at the paper's layer (Fig. 7).",
-    "figure9_parts": "The first three components of the foreground by layer, as colours; four images (Fig. 9).",
+    "figure9_parts": "The first three components of the foreground by layer, as colours; four images.",
     "figure10_by_epoch": "Scores over training at the paper's layer (Fig. 10); 0: the untrained twins.",
     "figure10_components": "Components 2 to 4 over training, CRATE; four images (Fig. 10).",
     "by_accuracy": "Attention's scores at the paper's layer against accuracy on a run's held-out images, one point "
