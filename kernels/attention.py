@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crate_fast.kernels.launch import Launch, Tile, find, lookup, precision
+from crate_fast.kernels.launch import Launch, Tile, cdiv, find, lookup, power_of_2, precision
 
 __all__ = ["backward", "forward", "plan_backward", "plan_forward"]
 
@@ -281,7 +281,7 @@ def numbers(w: Tensor, scale: float) -> dict[str, int | float]:
 
 def _plan(kernel, w: Tensor, tensors: dict[str, Tensor], scale: float, tile: Tile, more: dict) -> Launch:
     sizes = {"HEAD_DIM": w.shape[3], "BLOCK_D": block_d(w), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    grid = (triton.cdiv(w.shape[1], tile.block_m) * w.shape[0] * w.shape[2],)
+    grid = (cdiv(w.shape[1], tile.block_m) * w.shape[0] * w.shape[2],)
     return Launch(kernel, grid, tensors | numbers(w, scale), sizes | more, tile)
 
 
@@ -305,7 +305,7 @@ def plan_backward(
 
 def block_d(w: Tensor) -> int:
     """Return the head width of w [B, N, H, D] rounded up to a power of two, at least 32."""
-    return max(32, triton.next_power_of_2(w.shape[3]))
+    return max(32, power_of_2(w.shape[3]))
 
 
 def addressable(w: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crate_fast.kernels.launch import Launch, Tile
+from crate_fast.kernels.launch import Launch, Tile, cdiv
 
 __all__ = ["fold", "fold_backward", "scale", "unscale"]
 
@@ -141,7 +141,7 @@ def _unscale_kernel(
 def _run_square(kernel, tensors: dict[str, Tensor], step_size: float, dictionary: Tensor) -> None:
     tile, width = INTERPRETED_PRODUCT if dictionary.device.type == "cpu" else PRODUCT, len(dictionary)
     constants = {"WIDTH": width, "BLOCK": tile.block_m, "BLOCK_K": tile.block_k}
-    grid = (triton.cdiv(width, tile.block_m) ** 2,)
+    grid = (cdiv(width, tile.block_m) ** 2,)
     Launch(kernel, grid, tensors | {"step_size": step_size}, constants, tile).run()
 
 
@@ -177,7 +177,7 @@ def scale(
     arguments = {"weight_ptr": weight, "gamma_ptr": gamma.contiguous(), "beta_ptr": beta.contiguous()}
     arguments |= {"base_ptr": base, "scaled_ptr": scaled, "offset_ptr": offset}
     arguments |= {"stride_wn": weight.stride(0), "stride_wk": weight.stride(1)}
-    _run_weight(_scale_kernel, arguments, weight, ROWS, triton.cdiv(len(weight), ROWS.block_m))
+    _run_weight(_scale_kernel, arguments, weight, ROWS, cdiv(len(weight), ROWS.block_m))
     return scaled, offset
 
 
@@ -191,5 +191,5 @@ def unscale(
     tensors = {"grad_ptr": grad.contiguous(), "offset_grad_ptr": offset_grad.contiguous(), "weight_ptr": weight}
     tensors |= {"gamma_ptr": gamma.contiguous(), "beta_ptr": beta.contiguous(), "dweight_ptr": dweight}
     tensors |= {"dgamma_ptr": dgamma, "dbeta_ptr": dbeta}
-    _run_weight(_unscale_kernel, tensors, weight, COLUMNS, triton.cdiv(weight.shape[1], COLUMNS.block_n))
+    _run_weight(_unscale_kernel, tensors, weight, COLUMNS, cdiv(weight.shape[1], COLUMNS.block_n))
     return dweight, dgamma, dbeta

@@ -4,8 +4,6 @@ The operands are prepared before the products: x or its normalised rows in the p
 from `masked_gradient`.
 """
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -93,7 +91,7 @@ def forward(
     weight = folded.t()
     if norm is not None:
         weight, offset = scale(weight, norm.gamma, norm.beta, folded.dtype, base=norm.beta)
-        norm = replace(norm, beta=offset)
+        norm = norm._replace(beta=offset)
     finish = "soft" if soft else "relu"
     return product(operand, weight, x, tile, finish=finish, shift=shift, norm=norm, nonzero=nonzero), nonzero
 

@@ -102,6 +102,16 @@ def unavailable_reason(
     return None
 
 
+def cdiv(numerator: int, denominator: int) -> int:
+    """Return numerator / denominator, rounded up; Triton's function of this name takes 6 µs."""
+    return -(-numerator // denominator)
+
+
+def power_of_2(size: int) -> int:
+    """Return the smallest power of two that is at least `size`; Triton's function takes 6 µs too."""
+    return 1 << (size - 1).bit_length()
+
+
 def processors(device: torch.device) -> int:
     """Return the number of a GPU's multiprocessors; 4 on a CPU, so that persistent programs loop there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -147,7 +157,7 @@ TABLE: dict[tuple[str | int, ...], Tile] = {
     ("attention_backward", "tf32"): Tile(32, 16, 8, 1),
     ("attention_backward", "tf32", 32): Tile(32, 32, 8, 1),
     ("attention_backward", "tf32", 128): Tile(32, 32, 8, 1),
-    ("whole_head_forward", "half", "sm_90", 64): Tile(64, 32, 4, 1),
+    ("whole_head_forward", "half", "sm_90", 64): Tile(64, 32, 4, 2),
     ("whole_head_forward", "half", "sm_100", 64): Tile(64, 32, 4, 1),
     ("whole_head_backward", "half", "sm_90", 64): Tile(64, 16, 4, 1),
     ("whole_head_backward", "half", "sm_100", 64): Tile(64, 16, 4, 1),

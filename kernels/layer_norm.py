@@ -1,13 +1,13 @@
 """LayerNorm before a product: normalised rows without γ and β, and the gradient (kernels/README.md §6)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from crate_fast.kernels.launch import Launch, Tile
+from crate_fast.kernels.launch import Launch, Tile, cdiv, power_of_2
 
 __all__ = ["Norm", "backward", "normalize", "plan_rows", "shares"]
 
@@ -15,8 +15,7 @@ ROW_ELEMENTS = 4096  # elements of a tile of whole rows
 MAX_PROGRAMS = 1024  # of a kernel that sums over rows; each program writes one row of shares
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """Parameters of a LayerNorm to apply to rows later: mean and rstd [M] in fp32, weight γ and bias β [C]."""
 
     mean: Tensor
@@ -110,7 +109,7 @@ def _layer_norm_bwd_kernel(
 
 def _rows_tile(width: int) -> Tile:
     """Return a tile of whole rows of `width` columns, padded to a power of two."""
-    block_c = triton.next_power_of_2(width)
+    block_c = power_of_2(width)
     return Tile(block_m=max(1, ROW_ELEMENTS // block_c), block_n=block_c, num_warps=4, num_stages=1)
 
 
@@ -118,7 +117,7 @@ def plan_rows(kernel, rows: Tensor, arguments: dict, partial: Tensor | None = No
     """Return a launch over rows [M, C] with a block of rows per program, or P programs for `partial` [_, P, C]."""
     n_rows, width = rows.shape
     tile = _rows_tile(width)
-    programs = triton.cdiv(n_rows, tile.block_m) if partial is None else partial.shape[1]
+    programs = cdiv(n_rows, tile.block_m) if partial is None else partial.shape[1]
     constants = {"WIDTH": width, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_n}
     return Launch(kernel, (programs,), arguments | {"n_rows": n_rows}, constants, tile)
 
@@ -126,7 +125,7 @@ def plan_rows(kernel, rows: Tensor, arguments: dict, partial: Tensor | None = No
 def shares(count: int, rows: Tensor) -> Tensor:
     """Allocate each program's share of `count` sums over rows [M, C]: [count, programs, C] in fp32."""
     n_rows, width = rows.shape
-    programs = min(MAX_PROGRAMS, triton.cdiv(n_rows, _rows_tile(width).block_m))
+    programs = min(MAX_PROGRAMS, cdiv(n_rows, _rows_tile(width).block_m))
     return torch.empty(count, programs, width, dtype=torch.float32, device=rows.device)
 
 

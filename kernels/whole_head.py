@@ -21,7 +21,7 @@ from crate_fast.kernels.attention import (
     forward_rows,
     numbers,
 )
-from crate_fast.kernels.launch import Launch, Tile
+from crate_fast.kernels.launch import Launch, Tile, power_of_2
 
 __all__ = ["BLOCK", "backward", "forward", "plan_backward", "plan_forward", "plan_rest", "serves", "split"]
 
@@ -270,7 +270,7 @@ def _rest_kernel(
     BLOCK: tl.constexpr, LARGEST_SUM: tl.constexpr,
 ):  # fmt: skip
     """Compute O and L, or dW, of a head's rest, and of its blocks if the head was refused. Grid: (B·H)."""
-    index = tl.program_id(0)
+    index = tl.num_programs(0) - 1 - tl.program_id(0)  # the heads that the first launch read last are still in L2
     head, dense = find_head(
         index, w_ptr, out_ptr, lse_ptr, stride_wb, stride_wn, stride_wh, n_tokens, n_heads, scale_log2, HEAD_DIM
     )
@@ -295,7 +295,7 @@ def split(n_tokens: int, tile: Tile) -> tuple[int, int, int]:
     or rounded up to a power of two of at least 16; and the keys of the rest per step."""
     blocks = min(n_tokens // BLOCK, MOST_BLOCKS)
     rest = n_tokens - blocks * BLOCK
-    padded = 0 if rest == 0 else max(16, triton.next_power_of_2(rest))
+    padded = 0 if rest == 0 else max(16, power_of_2(rest))
     return blocks, padded, min(max(16, padded), tile.block_n if blocks == MOST_BLOCKS else BLOCK)
 
 
@@ -343,7 +343,7 @@ def plan_backward(
     """Return the backward launch on these tensors; d [B, H, N] is scratch memory in fp32."""
     tensors = {"grad_ptr": grad, "w_ptr": w, "out_ptr": out, "lse_ptr": lse, "dw_ptr": dw, "g_ptr": dw, "d_ptr": d}
     strides = {"stride_wb": w.stride(0), "stride_wh": w.stride(2), "scale_log2": scale * LOG2_E}
-    more = {"BLOCK_A": triton.next_power_of_2(w.shape[1]), "LARGEST_SPREAD": LARGEST_LSE_SPREAD[w.dtype]}
+    more = {"BLOCK_A": power_of_2(w.shape[1]), "LARGEST_SPREAD": LARGEST_LSE_SPREAD[w.dtype]}
     arguments = tensors | {"refused_ptr": refused} | strides
     grid = (w.shape[0] * w.shape[2],)
     return Launch(_whole_head_bwd_kernel, grid, arguments, _constants(w, tile) | more, tile)

@@ -19,7 +19,7 @@ from torch import Tensor
 from crate_fast import functional, kernels
 from crate_fast.accuracy import clear_of_threshold
 from crate_fast.kernels import attention, folding, ista, layer_norm, product, whole_head
-from crate_fast.kernels.launch import TABLE, Tile, lookup, precision
+from crate_fast.kernels.launch import TABLE, Tile, cdiv, lookup, precision
 from crate_fast.reference import ista_reference, norm_ista_reference, subspace_attention_reference
 
 HALF, SINGLE = torch.float16, torch.float32
@@ -434,3 +434,11 @@ def test_weight_mutants_fail(name, device, tmp_path, monkeypatch):
     with pytest.raises(AssertionError):  # noqa: PT012  (one of the two fails)
         test_a_folded_dictionary_and_its_gradient_are_right(100, SINGLE, device, None)
         test_a_layer_norm_folded_into_a_weight_is_right((192, 33), device, None)
+
+
+@pytest.mark.parametrize("tiles", [3, 6, 18, 24, 32, 45, 72, 96, 128, 144])
+def test_a_weight_gradient_keeps_most_multiprocessors_busy(tiles):
+    """132 programs run at once; with one share for 72 or 144 tiles nearly half would wait."""
+    shares = product._best_shares(tiles, 132, most=99)
+    assert tiles * shares / (132 * cdiv(tiles * shares, 132)) > 0.9
+    assert product._best_shares(tiles, 132, most=1) == 1
