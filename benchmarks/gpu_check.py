@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_report import found_tiles, pack, read_rows
+from gpu_report import found_tiles, kept_of, pack, read_rows
 from isolation import Job, Process, run_jobs, tail
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,7 +193,7 @@ class Check:
                 left = [item | {"name": f"{current}: {peer}", "peers": [peer]} for peer in peers] + left
             else:
                 ours = peers[0].startswith("ours") and item.get("present", True)  # not a candidate tile
-                self.row(current, "red" if ours and not late else "n/a", reason)
+                self.row(current, "red" if ours and not late else "n/a", reason, **kept_of(item))
         elif len(left) == len(items) and process.reason is not None:  # it did not begin
             for item in left:
                 self.row(item["name"], "n/a", f"its worker did not start: {reason}")
@@ -382,7 +382,7 @@ def tests(check: Check) -> None:
     if not check.rehearse and importlib.util.find_spec("xdist"):
         words += ["-n", str(max(1, check.cores // 2)), "--max-worker-restart", "20"]
     if importlib.util.find_spec("pytest_timeout"):
-        words += ["--timeout", "90", "--timeout-method", "thread"]
+        words += ["--timeout", "110", "--timeout-method", "thread"]  # torch.compile takes most of a minute
     environment = {"GPU_CHECK_ROWS": str(rows)} | ({} if check.rehearse else {"CRATE_FAST_REQUIRE_GPU": "1"})
     files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: path.name != "test_gpu.py")
     files = files[:1] if check.rehearse else [path for path in files if "mark.gpu" in path.read_text()]
@@ -434,7 +434,7 @@ _FIRST = [
 ]
 _SECOND = [
     Stage("warm models", 40, 30, warm_models),
-    Stage("models", 100, 20, _timed("models", 60.0)),  # CRATE-B/16 with its peers, B/8, a profile
+    Stage("models", 100, 20, _timed("models", 90.0)),  # CRATE-B/16 with its peers, B/8, a profile
     Stage("counters", 30, 10, counters),
     Stage("more", 45, 5, _timed("more", 45.0)),  # inference, growth, CRATE-MAE, other sizes
 ]

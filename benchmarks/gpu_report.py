@@ -32,6 +32,11 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
+def kept_of(item: dict) -> dict[str, object]:
+    """Return what the row of a tile keeps of its item; nothing for other items."""
+    return {key: item[key] for key in (*TILE_KEY, "tile", "present") if key in item}
+
+
 def facts_of(rows: Iterable[dict]) -> dict[str, object]:
     """Merge the facts of rows: card, versions, commit, ceilings, tools."""
     facts: dict[str, object] = {}

@@ -189,6 +189,7 @@ def _model_items() -> tuple[list[dict], list[dict]]:
     models += [profiled]  # last: the profiler may stay attached
     more = [item("crate", "B/16", INFERENCE, plain)]
     more += [item("growth", n, what, PEERS["growth"]) for what in (INFERENCE, TRAINING) for n in GROWTH]
+    more += [item("crate", model, TRAINING, [OURS, OURS + GRAPHS]) for model in ("T/16", "S/8")]  # eager: host-bound
     more += [item("model", "CRATE-MAE-B", TRAINING, PEERS["model"])]
     more += [item("crate", model, TRAINING, plain) for model in ("α-B/16", "S/8", "T/16", "L/16")]
     return models, more
@@ -273,8 +274,9 @@ class Worker:
     def tile(self, item: dict) -> None:
         """Compile or time a candidate of the tile search."""
         import tile_search
+        from gpu_report import kept_of
 
-        kept = {key: item[key] for key in ("kernel", "architecture", "precision", "block_d", "tile", "present")}
+        kept = kept_of(item)
         try:
             found = tile_search.warm(item) if self.mode == "warm" else tile_search.time_tile(item, self.run.timer)
         except Exception as error:  # it does not compile, does not fit, or is wrong

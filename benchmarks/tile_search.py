@@ -54,7 +54,9 @@ CANDIDATES: dict[str, list[Tile]] = {
         *_grid((64, 128, 4, 3), (128, 32, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (256, 64, 8, 3), (64, 32, 4, 3)),
     ],
     "attention_backward": [*_grid(*_GRADIENT, one_exp=True), *_grid(*_GRADIENT)],
-    "whole_head_forward": _grid((64, 64, 4, 3), (64, 32, 4, 1), (64, 64, 4, 2), (64, 32, 8, 1), (64, 64, 8, 2)),
+    "whole_head_forward": _grid(
+        (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 1), (64, 64, 4, 2), (64, 32, 8, 1), (64, 64, 8, 2)
+    ),
     "whole_head_backward": _grid((64, 32, 4, 2), (64, 32, 4, 3), (64, 16, 4, 1)),
     "ista_forward": _PRODUCT,
     "ista_backward_input": _PRODUCT,
@@ -168,6 +170,8 @@ def _product(kernel: str, rows: int, stored: torch.dtype | None, random: Callabl
     from crate_fast.kernels.layer_norm import Norm, normalize
 
     x, a = random(rows, WIDTH, dtype=stored), random(rows, WIDTH)
+    if kernel == "ista_backward_input" and stored is None:
+        x = a  # g' is both
     weight = random(WIDTH, WIDTH, std=0.1 / WIDTH**0.5)
     ends = sorted({row % rows for row in range(-CHECKED_ROWS, CHECKED_ROWS)})
     ones, output = torch.ones(WIDTH, device=x.device), torch.empty_like(x)

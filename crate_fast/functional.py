@@ -369,7 +369,10 @@ def _fold(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
 def _in_scope(dictionary: Tensor) -> bool:
     if torch.compiler.is_compiling() or _cache.scopes == 0 or not isinstance(dictionary, nn.Parameter):
         return False
-    return dictionary.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    if dictionary.device.type != "cuda":
+        return True
+    with torch.cuda.device(dictionary.device):
+        return not torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

@@ -10,7 +10,6 @@ strides, alignment, options, or divisibility by 16 (Triton specialises on it). T
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ LONGEST = 320  # tokens of one image: three blocks of rows
 FP32_EPS = 2.0**-10  # of TF32, in which the kernels multiply fp32
 ELEMENTS = 5 * 2**20  # of [M, C]: 160 tiles of 128×256, so that some persistent programs have a second tile
 
-_right: set[tuple] = set()
+_right: set[tuple] = set()  # variants that passed their check
+_seen: set[tuple] = set()  # exact arguments of such variants, which are found faster
 _lock = threading.RLock()
 
 
@@ -84,7 +84,7 @@ class _Draw:
             return None
         _, mean, rstd = _normalize(x.double(), 1e-5, x.dtype)
         channels = {"gamma": self.like(given.gamma, 0.3, 1.0), "beta": self.like(given.beta, 0.3)}
-        return replace(given, mean=mean.float(), rstd=rstd.float(), **channels)
+        return given._replace(mean=mean.float(), rstd=rstd.float(), **channels)
 
 
 def _draw_attention_forward(draw, w, scale):
@@ -144,8 +144,8 @@ def _wide(value: Any):
     """Return an argument with its tensors and dtypes in float64."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
-    if is_dataclass(value):
-        return replace(value, **{name: _wide(part) for name, part in vars(value).items()})
+    if isinstance(value, tuple):  # a `layer_norm.Norm`
+        return type(value)(*map(_wide, value))
     return torch.float64 if isinstance(value, torch.dtype) else value
 
 
@@ -299,21 +299,36 @@ def checked(function: Callable, *arguments, **options):
     """
     device, wanted = arguments[0].device, self_check_wanted()
     if (device.type == "cuda" if wanted is None else wanted) and arguments[0].numel() > 0:
-        name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-        key = name, device, *map(_kind, arguments), *((word, _kind(value)) for word, value in options.items())
-        if key not in _right and not _capturing(device):
-            with _lock:
-                if key not in _right and _is_right(name, function, arguments, options, device):
-                    _right.add(key)
+        exact = function, *map(_exact, arguments), *options, *map(_exact, options.values()), device
+        if exact not in _seen and _check(function, arguments, options, device):
+            _seen.add(exact)
     return function(*arguments, **options)
+
+
+def _exact(argument: Any):
+    """Return an argument's properties as a key that costs a tenth of `_kind`."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.shape, argument.stride(), argument.data_ptr() % 16
+    return tuple(map(_exact, argument)) if isinstance(argument, tuple) else argument
+
+
+def _check(function: Callable, arguments: tuple, options: dict, device: torch.device) -> bool:
+    """Check the variant if it is new; return True if it is right, False if it could not be checked now."""
+    name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    key = name, device, *map(_kind, arguments), *((word, _kind(value)) for word, value in options.items())
+    if key not in _right and not _capturing(device):
+        with _lock:
+            if key not in _right and _is_right(name, function, arguments, options, device):
+                _right.add(key)
+    return key in _right
 
 
 def _kind(argument: Any):
     """Return all properties of an argument that can select the compiled kernel."""
-    if is_dataclass(argument):
-        return tuple(map(_kind, vars(argument).values()))
+    if isinstance(argument, tuple):
+        return tuple(map(_kind, argument))
     if not isinstance(argument, Tensor):
-        return None if isinstance(argument, float) else argument
+        return argument == 1.0 if isinstance(argument, float) else argument  # a factor of 1 is left out of a kernel
     count = argument.numel()
     if count == 0 or argument.dim() == 0:
         return argument.dtype

@@ -370,6 +370,15 @@ def test_the_fastest_tile_replaces_the_present_one_if_it_gains_enough():
     assert "* whole_head_forward at s: 0.5 ms, by blocks of rows 1 ms: 2.00×" in page
 
 
+def test_whole_heads_that_crash_are_turned_off(check):
+    tile = _tile("whole_head_forward", 64, None, present=True)
+    row = {key: tile[key] for key in ("kernel", "architecture", "precision", "block_d", "tile", "present")}
+    check.end = time.monotonic() + 60
+    check.go([Stage("tiles", 30, 1, lambda check: check.work_through(_items("crash", **row), "time", 1, 5.0))])
+    key = {name: row[name] for name in gpu_report.TILE_KEY}
+    assert gpu_report.found_tiles(gpu_report.read_rows(check.rows_file)) == [key | {"tile": None}]
+
+
 def test_tiles_that_do_not_compile_or_spill_are_not_timed(check, monkeypatch):
     check.stage, timed = "warm", []
     names = ("fits", "spills", "present spills", "fails", "cold")

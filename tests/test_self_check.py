@@ -83,6 +83,7 @@ def wanted(monkeypatch):
     monkeypatch.setenv("CRATE_FAST_SELF_CHECK", "1")
     monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", "1")
     monkeypatch.setattr(self_check, "_right", set())
+    monkeypatch.setattr(self_check, "_seen", set())
 
 
 @pytest.fixture
@@ -228,6 +229,10 @@ def test_another_variant_of_a_kernel_is_checked(device):
         assert len(self_check._right) == total, change
     _call("ista.forward", _arguments("ista.forward", device, rows=56))  # neither 1 nor a multiple of 16, as 40
     assert len(self_check._right) == len(variants)
+    *arguments, options = _arguments("product.product", device)
+    for more, alpha in ((1, 1.0), (2, 0.5), (2, 0.25)):  # a factor of 1 is left out of the kernel
+        _call("product.product", (*arguments, options | {"alpha": alpha}))
+        assert len(self_check._right) == len(variants) + more, alpha
 
 
 def test_another_alignment_or_stride_is_another_variant(launches, device):
@@ -311,7 +316,7 @@ def test_the_check_has_a_small_problem_with_the_launchs_binary(name, rows, monke
 
 def test_every_launch_of_an_operator_is_checked(launches, monkeypatch, device):
     x, low, folded, *_, norm, _ = _arguments("ista.forward", device, SINGLE, product=HALF)
-    w, (mean, rstd, channel, _) = _arguments("attention.forward", device)[0], vars(norm).values()
+    w, (mean, rstd, channel, _) = _arguments("attention.forward", device)[0], norm
     square, wanted, channels = torch.eye(64, device=device), [True] * 6, (channel, channel)
     heads, lse = low.view(1, 40, 2, 32), torch.zeros(1, 2, 40, device=device)
     forward = (x[None], *channels, square, square, channel, 2, 0.2, 1e-5, HALF)
@@ -329,6 +334,7 @@ def test_every_launch_of_an_operator_is_checked(launches, monkeypatch, device):
         (triton_ops.compression_bwd, *backward, x[None], mean, 0.2, True, SINGLE, SINGLE, wanted),
     ):
         self_check._right.clear()
+        self_check._seen.clear()
         names = []
         for choice in ("0", "1"):
             launches.clear()
