@@ -210,8 +210,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.jit.is_scripting():
         return F.linear(x, weight, bias)
     else:
-        fits = x.dim() >= 1 and x.shape[-1] == weight.shape[-1]  # else PyTorch's error names the shapes
-        if fits and serves(x, weight, bias) and uses_onednn():
+        served = x.dim() >= 1 and serves(x, weight, bias) and uses_onednn()
+        if served and x.shape[-1] == weight.shape[-1]:  # else PyTorch's error names the shapes
             return affine(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
         return F.linear(x, weight, bias)
 
