@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+from functools import partial
 from threading import Timer
 
 import pytest
@@ -91,10 +92,11 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_run(whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_signal_during_evaluation_postpones_the_evaluation(whole, tmp_path, monkeypatch, capsys, number):
+def test_a_signal_during_evaluation_postpones_the_evaluation(whole, tmp_path, monkeypatch, capsys, request, number):
     folder = tmp_path / "run"
     words = [*TINY, "--output", str(folder), *EVERY_EPOCH]
-    prepare, calls, handler = trainer.Trainer.prepare_images, [], signal.getsignal(number)
+    prepare, calls, handler = trainer.Trainer.prepare_images, [], signal.default_int_handler
+    request.addfinalizer(partial(signal.signal, number, signal.signal(number, handler)))  # a shell may ignore SIGINT
 
     def interrupted(self, images):
         if not self.model.training:
