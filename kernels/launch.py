@@ -103,12 +103,12 @@ def unavailable_reason(
 
 
 def cdiv(numerator: int, denominator: int) -> int:
-    """Return numerator / denominator, rounded up; Triton's function of this name takes 6 µs."""
+    """Return numerator / denominator, rounded up; Triton's functions, also of powers of two, take 6 µs."""
     return -(-numerator // denominator)
 
 
 def power_of_2(size: int) -> int:
-    """Return the smallest power of two that is at least `size`; Triton's function takes 6 µs too."""
+    """Return the smallest power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()
 
 

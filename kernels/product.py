@@ -204,8 +204,7 @@ def plan(
     (n_rows, inner), width = a.shape, weight.shape[0]
     tiles = cdiv(n_rows, tile.block_m) * cdiv(width, tile.block_n)
     tensors = {"a_ptr": a, "weight_ptr": weight, "x_ptr": x, "out_ptr": out, "nonzero_ptr": nonzero, "bias_ptr": bias}
-    tensors |= {f"{name}_ptr": norm and getattr(norm, name) for name in ("mean", "rstd", "gamma", "beta")}
-    tensors["mask_ptr"] = mask
+    tensors |= {f"{name}_ptr": norm and getattr(norm, name) for name in Norm._fields} | {"mask_ptr": mask}
     scalars = {"n_rows": n_rows, "shift": shift, "alpha": None if alpha == 1.0 else alpha}
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": GROUP_M}
     blocks |= {"CHUNK": CHUNK_ELEMENTS // tile.block_m, "PERSISTENT": tile.persistent}
@@ -271,11 +270,10 @@ def plan_weight_gradient(a: Tensor, grad: Tensor, partial: Tensor, rows_per_spli
     """Return the launch that computes the shares of `weight_gradient` on these tensors."""
     (n_rows, width), grad_width = a.shape, grad.shape[1]
     tensors = {"a_ptr": a, "grad_ptr": grad, "partial_ptr": partial}
-    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    arguments, constants = tensors | {"n_rows": n_rows, "rows_per_split": rows_per_split}, blocks
-    constants |= {"WIDTH": width, "GRAD_WIDTH": grad_width}
+    scalars, sizes = {"n_rows": n_rows, "rows_per_split": rows_per_split}, {"WIDTH": width, "GRAD_WIDTH": grad_width}
+    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k} | sizes
     grid = (cdiv(width, tile.block_m) * cdiv(grad_width, tile.block_n), partial.shape[0])
-    return Launch(_weight_gradient_kernel, grid, arguments, constants, tile)
+    return Launch(_weight_gradient_kernel, grid, tensors | scalars, constants, tile)
 
 
 def weight_gradient(a: Tensor, grad: Tensor, tile: Tile | None = None) -> Tensor:

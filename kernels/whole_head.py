@@ -324,9 +324,8 @@ def plan_forward(w: Tensor, out: Tensor, lse: Tensor, refused: Tensor, scale: fl
     """Return the forward launch on these tensors."""
     tensors = {"w_ptr": w, "out_ptr": out, "lse_ptr": lse, "refused_ptr": refused}
     strides = {"stride_wb": w.stride(0), "stride_wh": w.stride(2), "scale_log2": scale * LOG2_E}
-    limits = {"HEADROOM": HEADROOM[w.dtype], "LARGEST_SPREAD": LARGEST_SPREAD[w.dtype]}
-    grid = (w.shape[0] * w.shape[2],)
-    return Launch(_whole_head_fwd_kernel, grid, tensors | strides, _constants(w, tile) | limits, tile)
+    constants = _constants(w, tile) | {"HEADROOM": HEADROOM[w.dtype], "LARGEST_SPREAD": LARGEST_SPREAD[w.dtype]}
+    return Launch(_whole_head_fwd_kernel, (w.shape[0] * w.shape[2],), tensors | strides, constants, tile)
 
 
 def plan_backward(
@@ -343,10 +342,9 @@ def plan_backward(
     """Return the backward launch on these tensors; d [B, H, N] is scratch memory in fp32."""
     tensors = {"grad_ptr": grad, "w_ptr": w, "out_ptr": out, "lse_ptr": lse, "dw_ptr": dw, "g_ptr": dw, "d_ptr": d}
     strides = {"stride_wb": w.stride(0), "stride_wh": w.stride(2), "scale_log2": scale * LOG2_E}
-    more = {"BLOCK_A": power_of_2(w.shape[1]), "LARGEST_SPREAD": LARGEST_LSE_SPREAD[w.dtype]}
-    arguments = tensors | {"refused_ptr": refused} | strides
-    grid = (w.shape[0] * w.shape[2],)
-    return Launch(_whole_head_bwd_kernel, grid, arguments, _constants(w, tile) | more, tile)
+    constants = {"BLOCK_A": power_of_2(w.shape[1]), "LARGEST_SPREAD": LARGEST_LSE_SPREAD[w.dtype]}
+    arguments, constants = tensors | {"refused_ptr": refused} | strides, constants | _constants(w, tile)
+    return Launch(_whole_head_bwd_kernel, (w.shape[0] * w.shape[2],), arguments, constants, tile)
 
 
 def plan_rest(
