@@ -103,7 +103,7 @@ def unavailable_reason(
 
 
 def cdiv(numerator: int, denominator: int) -> int:
-    """Return numerator / denominator, rounded up; Triton's functions, also of powers of two, take 6 µs."""
+    """Return numerator / denominator, rounded up. Triton's function takes 6 µs."""
     return -(-numerator // denominator)
 
 

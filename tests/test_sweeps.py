@@ -173,9 +173,12 @@ def test_the_comparison_has_the_papers_numbers_and_the_difference(data, tmp_path
     ("line", "folder"),
     [
         ("white_box runs/a A=runs/b --device cpu --workers 2", "white_box/a+A"),
-        ("attention_maps runs/a --data coco:x/coco --figure semantic", "attention_maps/a/data=coco,figure=semantic"),
+        (
+            "attention_maps runs/a --data coco:x/coco --figure semantic",
+            "attention_maps/a/data=coco_x_coco,figure=semantic",
+        ),
         ("pca runs/a --data folder:x --layers 0,3 --seed 1", "pca/a/data=folder_x,seed=1,layers=0+3"),
-        ("classify runs/a --raw-pixels --data-dir x/y/", "classify/a/data_dir=y,raw_pixels=True"),
+        ("classify runs/a --raw-pixels --data-dir x/y", "classify/a/data_dir=x_y,raw_pixels=True"),
         ("comparison runs/a --table figure4 --voc voc:x", "comparison/a/table=figure4,voc=voc_x"),
     ],
 )
@@ -185,6 +188,14 @@ def test_the_default_folder_is_named_after_models_and_options(line, folder, tmp_
     evaluation = Evaluation(protocol, parse(f"eval {protocol}", words), [])
     assert evaluation.folder == Path("runs/eval") / folder
     assert evaluation.folder.is_dir()
+
+
+def test_long_names_have_different_default_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = ("ä" * 200 + last for last in "ab")
+    words = [["runs/a", "--data", f"folder:{path}"] for path in paths]
+    folders = [Evaluation("pca", parse("eval pca", line), []).folder for line in words]
+    assert len({*folders}) == 2
 
 
 def test_nan_is_not_written_into_results(tmp_path):

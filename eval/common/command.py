@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -46,15 +47,20 @@ def attention_layers(options: argparse.Namespace, loaded: LoadedModel) -> tuple[
 def default_folder(protocol: str, options: argparse.Namespace) -> Path:
     """Return runs/eval/PROTOCOL/MODELS/OPTIONS: other models or options do not overwrite the results.
 
-    OPTIONS are those that differ from their defaults and change the results; of a path, its last part.
+    OPTIONS are those that differ from their defaults and change the results.
     """
     parser, given = PARSERS[f"eval {protocol}"](), []
     for name, value in vars(options).items():
         if name not in _NOT_NAMED and value != parser.get_default(name):
-            words = [str(word).rstrip("/").split("/")[-1] for word in (value if isinstance(value, list) else [value])]
+            words = map(str, value if isinstance(value, list) else [value])
             given.append(f"{name}={'+'.join(map(files.file_name, words))}")
     labels = "+".join(map(files.file_name, labels_of(options.models)))
-    return Path("runs/eval") / protocol / labels[:120] / ",".join(given)[:240]
+    return Path("runs/eval", protocol, _shortened(labels), _shortened(",".join(given)))
+
+
+def _shortened(name: str) -> str:
+    """Return a name that file systems accept: the end of a long one is replaced by its checksum."""
+    return name if len(name.encode()) < 200 else f"{name[:40]}-{zlib.crc32(name.encode()):08x}"
 
 
 class Evaluation:
