@@ -113,6 +113,15 @@ def test_wrong_model_names_are_errors(tiny_run):
 def test_wrong_model_arguments_are_errors(tiny_run, tmp_path, refuses):
     with pytest.raises(ValueError, match="write KEY=VALUE"):
         open_model(f"{NAME}@untrained", model_args=["depth"])
+    for word, message in (  # each is accepted by timm, or another error there
+        ("num_heads=-3", "'num_heads=-3': give a number of at least 0"),
+        ("depth=NaN", "give a number of at least 0"),
+        ("mlp_ratio=a", "does not take --model-args .*ValueError"),
+        ("norm_layer=a", "does not take --model-args .*KeyError"),
+        ("img_size=40", "image size 40 is not a multiple of this model's patch size 16×16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_model("vit_tiny_patch16_224@untrained", model_args=["depth=1", word])
     with pytest.raises(
         UserError, match="model='vit_tiny_patch16_224' cannot be built with .*: choose sizes that fit"
     ):

@@ -107,6 +107,8 @@ def _parse_arguments(words: list[str] | None) -> dict:
             arguments[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except json.JSONDecodeError:
             arguments[name] = value
+        if isinstance(arguments[name], int | float) and not arguments[name] >= 0:  # timm accepts num_heads=-3
+            raise UserError(f"--model-args {word!r}: give a number of at least 0")
     return arguments
 
 
@@ -152,8 +154,16 @@ def _from_timm(name: str, version: str, arguments: dict, seed: int) -> nn.Module
     def create(**known) -> nn.Module:
         try:
             return create_model(name, **(known | arguments))
-        except TypeError as error:
-            raise UserError(f"{name} does not take --model-args {known | arguments}: {error}") from error
+        except UserError:
+            raise
+        except Exception as error:  # timm raises many types for arguments that do not fit
+            reason = " ".join(str(error).split()).removesuffix(".")
+            if "pretrained" in known and isinstance(error, RuntimeError | OSError):
+                raise UserError(
+                    f"{name}@pretrained: {reason}. Give a file of its weights, as in {name}@FILE"
+                ) from error
+            reason = f"{type(error).__name__}: {reason}"
+            raise UserError(f"{name} does not take --model-args {known | arguments} ({reason})") from error
 
     if not is_model(name):
         near = nearest(name, [*(_SHIPPED + known for known in packaged_models()), *model_names()])
@@ -161,11 +171,7 @@ def _from_timm(name: str, version: str, arguments: dict, seed: int) -> nn.Module
     if version == "untrained":
         return _seeded(create, seed)
     if version == "pretrained":
-        try:
-            return create(pretrained=True)
-        except (RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split()).removesuffix(".")
-            raise UserError(f"{name}@pretrained: {reason}. Give a file of its weights, as in {name}@FILE") from error
+        return create(pretrained=True)
     if not version:
         raise UserError(f"{name}: choose weights: {name}@FILE, {name}@pretrained or {name}@untrained (random)")
     weights = read_state_dict(version)
@@ -224,11 +230,10 @@ def open_model(
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(key.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    if image_size is not None:
-        extract.set_image_size(image_size)
-    if extract.image_size[0] != extract.image_size[1]:
-        height, width = extract.image_size
+    height, width = extract.image_size
+    if image_size is None and height != width:
         raise UserError(f"{source} expects {height}×{width} images, but images become squares: pass --image-size N")
+    extract.set_image_size(height if image_size is None else image_size)  # raises if patches do not cover the image
     facts = {
         "model": source,
         "label": label,
