@@ -1,6 +1,6 @@
 """Export a CRATE as ONNX and as a torch.export program, each compared with PyTorch before its file is written.
 
-    crate-fast export runs/NAME                                             runs/export/NAME/model.onnx, .pt2, .json
+    crate-fast export runs/NAME                                          runs/export/runs_NAME/model.onnx, .pt2, .json
     crate-fast export runs/NAME --outputs logits,attention --layers 9,10    with CLS attention of two layers
     crate-fast export runs/NAME --input uint8                               images 0 to 255, normalised in the graph
 
@@ -338,7 +338,7 @@ def _export(options: argparse.Namespace) -> None:
     classes = class_names(options.model) if loaded.model.num_classes else None
     written = export_model(
         loaded.model,
-        make_folder(options.output or Path("runs/export") / file_name(loaded.label)),
+        make_folder(options.output or Path("runs/export") / file_name(options.model)),
         formats=options.format,
         outputs=options.outputs,
         layers=range(depth) if options.layers == "all" else options.layers,

@@ -114,6 +114,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
         ("coarse_segmentation NO_CLS", "has no CLS token"),
         ("coarse_segmentation CRATE --data folder:DATA", "has no object masks"),
         ("coarse_segmentation A=crate_tiny_patch8_224@untrained CRATE", "two models are called"),
+        ("coarse_segmentation A/8=runs/a A_8=runs/b", "two models are called 'A_8'"),
         ("localization CRATE --boxes DATA/instances_val2017.json", "must be folder:PATH"),
         ("localization CRATE --data folder:DATA", "has no boxes"),
         ("white_box CRATE --epsilon 0", "--epsilon 0.0"),
@@ -172,14 +173,14 @@ def test_the_comparison_has_the_papers_numbers_and_the_difference(data, tmp_path
 @pytest.mark.parametrize(
     ("line", "folder"),
     [
-        ("white_box runs/a A=runs/b --device cpu --workers 2", "white_box/a+A"),
+        ("white_box runs/a A=runs/b --device cpu --workers 2", "white_box/runs_a+A_runs_b"),
         (
             "attention_maps runs/a --data coco:x/coco --figure semantic",
-            "attention_maps/a/data=coco_x_coco,figure=semantic",
+            "attention_maps/runs_a/data=coco_x_coco,figure=semantic",
         ),
-        ("pca runs/a --data folder:x --layers 0,3 --seed 1", "pca/a/data=folder_x,seed=1,layers=0+3"),
-        ("classify runs/a --raw-pixels --data-dir x/y", "classify/a/data_dir=x_y,raw_pixels=True"),
-        ("comparison runs/a --table figure4 --voc voc:x", "comparison/a/table=figure4,voc=voc_x"),
+        ("pca runs/a --data folder:x --layers 0,3 --seed 1", "pca/runs_a/data=folder_x,seed=1,layers=0+3"),
+        ("classify runs/a --raw-pixels --data-dir x/y", "classify/runs_a/data_dir=x_y,raw_pixels=True"),
+        ("comparison runs/a --table figure4 --voc voc:x", "comparison/runs_a/table=figure4,voc=voc_x"),
     ],
 )
 def test_the_default_folder_is_named_after_models_and_options(line, folder, tmp_path, monkeypatch):

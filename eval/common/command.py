@@ -13,7 +13,7 @@ from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.eval.common import results as files
 from crate_fast.eval.common.images import Batch, Sample, batches, open_images
-from crate_fast.eval.common.models import LoadedModel, check_model_args, labels_of, open_model
+from crate_fast.eval.common.models import LoadedModel, check_labels, check_model_args, open_model
 from crate_fast.options import PARSERS
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.distributed import choose_device
@@ -23,7 +23,7 @@ _NOT_NAMED = ("models", "output", "device", "batch_size", "workers")  # options 
 
 def open_models(options: argparse.Namespace) -> list[LoadedModel]:
     """Open every model that the command names."""
-    labels_of(options.models)  # raises for equal labels before a model is opened
+    check_labels(options.models)  # raises for equal labels before a model is opened
     device = choose_device(options.device)
     options.device = str(device)
     settings = (device, options.image_size, options.model_args, options.seed)
@@ -54,8 +54,8 @@ def default_folder(protocol: str, options: argparse.Namespace) -> Path:
         if name not in _NOT_NAMED and value != parser.get_default(name):
             words = map(str, value if isinstance(value, list) else [value])
             given.append(f"{name}={'+'.join(map(files.file_name, words))}")
-    labels = "+".join(map(files.file_name, labels_of(options.models)))
-    return Path("runs/eval", protocol, _shortened(labels), _shortened(",".join(given)))
+    models = "+".join(map(files.file_name, options.models))  # with their folders: equal labels are other models
+    return Path("runs/eval", protocol, _shortened(models), _shortened(",".join(given)))
 
 
 def _shortened(name: str) -> str:

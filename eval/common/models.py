@@ -23,6 +23,7 @@ from crate_fast import CRATEMAE
 from crate_fast.checkpoints import is_demo, load_strictly, read_state_dict
 from crate_fast.errors import UserError, nearest
 from crate_fast.eval.common.features import FeatureExtractor, Features, extractor_for
+from crate_fast.eval.common.results import file_name
 from crate_fast.pretrained import HUB, is_model_folder, load_pretrained, packaged_models, record
 from crate_fast.registry import create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
@@ -88,13 +89,12 @@ def split_label(specification: str) -> tuple[str, str]:
     return specification.rstrip("/").split("/")[-1], specification
 
 
-def labels_of(specifications: Sequence[str]) -> list[str]:
-    """Return the names of models in tables and figures; two equal names are a `UserError`."""
-    labels = [split_label(specification)[0] for specification in specifications]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise UserError(f"two models are called {label!r}: give each a name, as in NAME=MODEL")
-    return labels
+def check_labels(specifications: Sequence[str]) -> None:
+    """Raise a `UserError` if two models have the same name in tables, figures and names of files."""
+    names = [file_name(split_label(specification)[0]) for specification in specifications]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two models are called {name!r}: give each a name, as in NAME=MODEL")
 
 
 def _parse_arguments(words: list[str] | None) -> dict:

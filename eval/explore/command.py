@@ -19,7 +19,7 @@ from pathlib import Path
 import uvicorn
 
 from crate_fast.errors import UserError
-from crate_fast.eval.common.models import labels_of, split_label, split_source
+from crate_fast.eval.common.models import check_labels, split_label, split_source
 from crate_fast.eval.explore.inspection import Explorer, ModelChoice
 from crate_fast.eval.explore.pictures import Pictures
 from crate_fast.eval.explore.server import application
@@ -67,7 +67,7 @@ def open_explorer(options: argparse.Namespace) -> Explorer:
     opening = {"device": choose_device(options.device), "image_size": options.image_size}
     opening |= {"model_args": options.model_args, "seed": options.seed}
     pictures, note = Pictures(options.images), ""
-    labels_of(options.checkpoint or ())  # raises if two are equal
+    check_labels(options.checkpoint or ())  # raises if two are equal
     choices = [choice for name in options.checkpoint or () for choice in model_choices(name)]
     if not choices:
         choices, note = default_choices()
