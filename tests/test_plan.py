@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from image_data import write_tree
 
 from crate_fast import CRATEMAE
+from crate_fast.registry import create_model
 from crate_fast.train import plan
 from crate_fast.train.config import TrainConfig, recipe_names
 from crate_fast.train.cost import Flops, activation_bytes, count_flops, meta_model, optimizer_bytes
+from crate_fast.train.distributed import layers_of
 from crate_fast.train.runs import build_model
 
 N, PATCHES, PATCH_DIM, C, HEADS, DEPTH, K = 65, 64, 48, 32, 2, 3, 10  # of TINY
@@ -189,3 +191,21 @@ def test_images_of_an_existing_folder_are_counted(tmp_path, planned):
 def test_bad_plans_are_errors(words, message, tmp_path, refuses):
     write_tree(tmp_path, {"EMPTY/train/notes.txt": b""})
     refuses(message, plan.main, [str(tmp_path / word) if word.isupper() else word for word in words.split()])
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("volo_d1_224", ["Outlooker", "Transformer"]),
+        ("nest_tiny", ["TransformerLayer"]),
+        ("twins_svt_small", ["Block"]),
+        ("mvitv2_tiny", ["MultiScaleBlock"]),
+        ("cait_xxs24_224", ["LayerScaleBlock"]),
+        ("resnet18", ["BasicBlock"]),
+        ("crate_mae_tiny_patch16_224", ["DecoderLayer", "Layer"]),
+    ],
+)
+def test_layers_are_found_in_models_of_every_structure(name, kinds):
+    with torch.device("meta"):
+        layers = layers_of(create_model(name))
+    assert sorted({type(getattr(layer, "layers", [layer])[0]).__name__ for layer in layers}) == kinds

@@ -1,6 +1,7 @@
 """Distributed training: the process group, parallel models (DDP, FSDP2) and their unsharded state."""
 
 import os
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -127,12 +128,16 @@ def process_group(device: str, threads: int = 0):
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a CRATE, CRATE-MAE or timm model; an empty list if they have other names."""
-    if hasattr(model, "transformer"):
-        return list(model.transformer.layers)
-    stages = [model, *getattr(model, "layers", ()), *getattr(model, "stages", ())]  # of Swin and similar models
-    blocks = [block for stage in stages for block in getattr(stage, "blocks", ())]
-    return [*blocks, *getattr(model, "decoder_blocks", ())]
+    """Return the layers that the model's `group_matcher` (timm) names for layer decay, or the blocks of named stages.
+
+    If it names none, return the model's `blocks`, if any.
+    """
+    matcher = model.group_matcher() if hasattr(model, "group_matcher") else {}
+    named = matcher.get("blocks", ()) if isinstance(matcher, dict) else ()
+    patterns = [named] if isinstance(named, str) else [pattern for pattern, order in named if order is None]
+    layers = [part for name, part in model.named_modules() if any(re.fullmatch(p, name) for p in patterns)]
+    blocks = [block for layer in layers for block in getattr(layer, "blocks", [layer])]
+    return [*(blocks or getattr(model, "blocks", ())), *getattr(model, "decoder_blocks", ())]
 
 
 def shards_model(config: TrainConfig, processes: Processes) -> bool:
