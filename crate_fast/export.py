@@ -335,7 +335,7 @@ def _export(options: argparse.Namespace) -> None:
         )
     depth = loaded.extract.depth
     facts = {name: loaded.facts[name] for name in ("model", "weights_sha256", "parameters")}
-    classes = class_names(options.model) if loaded.model.num_classes else None
+    classes = class_names(loaded) if loaded.model.num_classes else None
     written = export_model(
         loaded.model,
         make_folder(options.output or Path("runs/export") / file_name(options.model)),

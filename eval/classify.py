@@ -176,7 +176,7 @@ def _outputs(loaded: LoadedModel, data: DataSplits) -> list[int]:
     known, remedy = f"the head of {loaded.label}", "score the features instead, with --protocol knn,linear"
     if len(numbers) != len(classes):
         raise UserError(f"{known} has {len(numbers)} classes and the data set {len(classes)}: {remedy}")
-    names = class_names(loaded.facts["model"]) or classes
+    names = class_names(loaded) or classes
     if names != classes and set(names) == set(classes):
         return [names.index(name) for name in classes]
     if names != classes and [str(number) for number in numbers] not in (names, classes):  # numbers: names not known

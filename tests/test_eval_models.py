@@ -45,8 +45,9 @@ def test_folders_and_files_may_have_an_at_in_their_names(tiny_run, tmp_path):
     folder = shutil.copytree(tiny_run, tmp_path / "a@b" / "run@4")
     for before, after in (("", ""), ("mine=", ""), ("", "@8")):
         name, wanted = f"{before}{folder}{after}", open_model(f"{before}{tiny_run}{after}")
-        assert open_model(name).facts["weights_sha256"] == wanted.facts["weights_sha256"]
-        assert class_names(name) == list(CLASSES)
+        found = open_model(name)
+        assert found.facts["weights_sha256"] == wanted.facts["weights_sha256"]
+        assert class_names(found) == list(CLASSES)
     file, sizes = folder / "w@1.pth", {"depth": 2, "dim": 32, "heads": 2, "img_size": 32}
     torch.save(timm.create_model(NAME, num_classes=7, **sizes).state_dict(), file)
     assert open_model(f"{NAME}@{file}", model_args=SMALL).model.num_classes == 7
@@ -142,7 +143,7 @@ def test_damaged_files_of_a_run_are_one_line_errors(tiny_run, tmp_path):
         open_model(str(folder))
     (weights.parent / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
-        class_names(f"{folder}@8")
+        class_names(replace(open_model(f"{tiny_run}@8"), facts={"model": f"{folder}@8"}))
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("depth: 2", "depth: 3"))
     message = r"^[^\n]*step 4 does not hold the weights of this model[^\n]*config.yaml[^\n]*$"
@@ -209,7 +210,10 @@ def test_a_shared_folder_gives_the_outputs_of_its_run(tiny_run, tmp_path, monkey
         torch.testing.assert_close(large.model(large.normalize(larger)), expected)
     assert (shared.label, large.facts["image_size"]) == ("mine", [64, 64])
     assert pretrained.record("half")["description"] == "a small one" in Path("half/README.md").read_text()
-    assert class_names("CRATE") == class_names(str(tiny_run)) == list(CLASSES)
+    config = timm.models._hub.load_model_config_from_path("CRATE")
+    monkeypatch.setattr("timm.models._factory.load_model_config_from_hf", lambda *_, **__: config)
+    hub = open_model("hf-hub:USER/NAME@untrained")
+    assert class_names(shared) == class_names(run) == class_names(hub) == list(CLASSES)
     assert [choice.specification for choice in model_choices("CRATE")] == ["CRATE"]
 
 

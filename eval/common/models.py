@@ -24,7 +24,7 @@ from crate_fast.checkpoints import is_demo, load_strictly, read_state_dict
 from crate_fast.errors import UserError, nearest
 from crate_fast.eval.common.features import FeatureExtractor, Features, extractor_for
 from crate_fast.eval.common.results import file_name
-from crate_fast.pretrained import HUB, is_model_folder, load_pretrained, packaged_models, record
+from crate_fast.pretrained import HUB, is_model_folder, load_pretrained, packaged_models
 from crate_fast.registry import create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
 from crate_fast.train.checkpoint import CheckpointError
@@ -255,12 +255,11 @@ def check_model_args(words: Sequence[str] | None, models: Sequence[LoadedModel])
         raise UserError(f"--model-args {given}: runs and shared models have their own settings; leave them out")
 
 
-def class_names(specification: str) -> list[str] | None:
+def class_names(loaded: LoadedModel) -> list[str] | None:
     """Return the class names of a model's logits; None if they are not recorded."""
-    name, version = split_source(split_label(specification)[1])
-    if name.startswith(_SHIPPED) or is_model_folder(name):
-        return record(_shared(name)).get("label_names")
-    if not Path(name).is_dir():
-        return None
+    if loaded.config is None:
+        known = getattr(loaded.model, "pretrained_cfg", None) or {}
+        return list(known.get("label_names") or ()) or None
+    name, version = split_source(loaded.facts["model"])
     step = int(version) if version.isdigit() else checkpoint_steps(Path(name))[-1]
     return checkpoint.manifest(Path(name) / "checkpoints", step).get("data", {}).get("classes")

@@ -165,7 +165,7 @@ class Explorer:
         def make() -> OpenModel:
             try:
                 loaded = open_model(specification, **self.opening)
-                return OpenModel(loaded, class_names(specification), threading.Lock())
+                return OpenModel(loaded, class_names(loaded), threading.Lock())
             except (TypeError, OSError, RuntimeError) as error:
                 raise UserError(f"{specification} cannot be opened: {error}") from error
 
