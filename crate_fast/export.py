@@ -60,9 +60,9 @@ def _portable(module: nn.Module) -> nn.Module:
     """Replace every ISTA and disable the kernels of attention and ODL, in place."""
     for name, child in list(module.named_children()):
         _portable(child)
-        if isinstance(child, MSSA | ODL):
+        if isinstance(child, MSSA | ODL | ISTA):
             child.backend = "torch"
-        elif isinstance(child, ISTA):
+        if type(child) is ISTA:  # not one with a forward of its own
             setattr(module, name, _PortableISTA(child))
     return module
 

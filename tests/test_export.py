@@ -13,6 +13,7 @@ from crate_fast import CRATE, cli
 from crate_fast.errors import UserError
 from crate_fast.eval.common.models import LoadedModel, open_model
 from crate_fast.export import OUTPUTS, PortableCRATE, compare, export_model, open_exported
+from crate_fast.layers import ISTA
 from crate_fast.model import ALPHA_OPTIONS
 from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.whitebox import trace
@@ -99,6 +100,19 @@ def test_portable_ablations_compute_the_same(options):
     differences = compare(torch.no_grad()(plain), model, plain)
     assert differences.keys() == set(plain.outputs)
     assert max(differences.values()) < 1e-5
+
+
+class _Halved(ISTA):
+    """Step of one's own (docs/how-to/add-a-model.md)."""
+
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_a_step_of_ones_own_is_exported(tmp_path):
+    model = _model()
+    model.transformer.layers[0][1].fn.__class__ = _Halved
+    assert export_model(model, tmp_path, formats=["torch"])  # raises if the outputs differ
 
 
 class _Wrong(PortableCRATE):
