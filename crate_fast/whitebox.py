@@ -226,7 +226,7 @@ def layer_measures(
     They are computed while the model runs, so only one layer's tokens are in memory.
 
     Args:
-        model: A CRATE or an ablation. Measures that it does not have (R^c of MHSA, sparsity of MLP) are omitted.
+        model: See `visit_layers`. Measures that it does not have (R^c of MHSA, sparsity of MLP) are omitted.
         images: [B, channels, height, width].
         epsilon: ε of R^c.
         after_mssa: Also return R^c of the tokens after compression, LN₁(h), against the same subspaces.
@@ -242,7 +242,7 @@ def layer_measures(
     values: dict[str, list[Tensor]] = {}
 
     def measure(layer_trace: LayerTrace) -> None:
-        attention, sparsifier = model.transformer.layers[layer_trace.index]
+        attention, sparsifier = unwrap_model(model).transformer.layers[layer_trace.index]
         if layer_trace.tied:
             values.setdefault("coding_rate", []).append(layer_trace.coding_rate(epsilon))
         if layer_trace.tied and after_mssa:

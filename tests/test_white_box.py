@@ -74,6 +74,8 @@ def test_wrappers_are_removed_before_a_trace_and_an_autoencoder_is_refused():
     model, images = CRATE(**SMALL), torch.randn(1, 3, 32, 32)
     for wrapped in (nn.DataParallel(model), torch.compile(model, backend="eager")):
         assert torch.equal(trace(wrapped, images)[0].queries, trace(model, images)[0].queries)
+        found, wanted = (layer_measures(m, images)["coding_rate"] for m in (wrapped, model))
+        assert torch.equal(found, wanted)
     with pytest.raises(UserError, match=r"CRATEMAE cannot be traced: pass .* the encoder\(\) of a CRATE-MAE"):
         trace(CRATEMAE(embed_dim=8, depth=1, num_heads=2, img_size=16, patch_size=8), torch.zeros(1, 3, 16, 16))
 
