@@ -39,7 +39,9 @@ KNOWN_SIZES = {  # training images, classes
 def meta_model(config: TrainConfig, num_classes: int) -> nn.Module:
     """Build a run's model on the meta device, without gradient checkpointing; with `frozen` it is in eval mode."""
     with torch.device("meta"):
-        model = build_model(dataclasses.replace(config, grad_checkpointing=False), num_classes)
+        model = build_model(config, num_classes)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(False)
     return model.train(not config.frozen)
 
 

@@ -60,7 +60,10 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     if config.frozen:
         _put_probe(model)
     if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)
+        try:
+            model.set_grad_checkpointing(True)
+        except AssertionError as error:  # of timm
+            raise UserError(f"grad_checkpointing=True: model={config.model!r} has none; leave it out") from error
     return model
 
 
