@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from crate_fast import CRATE, CRATEMAE
+from crate_fast.arguments import patch_grid
 from crate_fast.checkpoints import (
     adapt_state_dict,
     is_demo,
@@ -57,6 +59,8 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
             f"model={config.model!r} does not accept all of {', '.join(arguments)} ({error}): leave out the settings "
             "that it lacks; models without img_size cannot be trained here"
         ) from error
+    if isinstance(embed := getattr(model, "patch_embed", None), PatchEmbed):  # timm would leave out pixels
+        patch_grid(embed.img_size, embed.patch_size)
     if config.frozen:
         _put_probe(model)
     if config.grad_checkpointing:
