@@ -49,7 +49,7 @@ def tiny_config(**settings) -> TrainConfig:
 def trainer(**settings) -> Trainer:
     """Return a trainer of a tiny model for steps on `batches`, four per epoch. It reads and writes no files."""
     config = tiny_config(**settings)
-    data = DataSplits(range(4 * config.batch_size), range(8), tuple("abcdefghijkl"), None)
+    data = DataSplits(range(4 * config.batch_size), range(8), tuple("abcdefghijkl"))
     return Trainer(config, Path("unused"), data, ALONE, Interruption())
 
 

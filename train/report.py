@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
+from torch.utils.data import Subset
 from torchvision.utils import make_grid
 
 from crate_fast import CRATE, CRATEMAE
-from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid
-from crate_fast.eval.common.segmentation import NoObjectsError, mask_to_grid, score_attention, scores_table
+from crate_fast.eval import coarse_segmentation
+from crate_fast.eval.common.features import extractor_for
+from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid, image_rows
+from crate_fast.eval.common.images import Sample, SceneImages
+from crate_fast.eval.common.models import LoadedModel
+from crate_fast.eval.common.segmentation import NoObjectsError, scores_table
 from crate_fast.train import checkpoint
-from crate_fast.train.data.loader import eval_loader, readable
+from crate_fast.train.data.loader import readable
 from crate_fast.train.reconstruction import RATIOS, reconstruction_figure, reconstructions
-from crate_fast.whitebox import attention_layer, layer_statistics, trace
+from crate_fast.whitebox import layer_statistics
 
 if TYPE_CHECKING:
     from crate_fast.train.trainer import Trainer
@@ -109,17 +113,19 @@ def write_report(trainer: Trainer, model: nn.Module, seconds: float) -> dict:
     return summary
 
 
-def _shown(split: Dataset, classes: Sequence[str]) -> tuple[list[tuple], Tensor, list[str]]:
-    """Return up to eight samples of a split, evenly spaced, with their images [B, 3, S, S] and class names."""
+def _shown(trainer: Trainer, scenes: SceneImages | None = None) -> tuple[list[Sample], list[str]]:
+    """Return up to eight validation images, evenly spaced, and their classes; those of `scenes` have object masks."""
+    split, classes = trainer.data.val, trainer.data.classes
     count = min(SHOWN_IMAGES, len(split))
-    samples = readable(split, [i * len(split) // count for i in range(count)])
-    return samples, torch.stack([sample[0] for sample in samples]), [classes[sample[1]] for sample in samples]
+    numbers = [i * len(split) // count for i in range(count)]
+    found = readable(split, numbers)
+    samples = [Sample("", image, tuple(image.shape[1:])) for image, _ in found]
+    return [scenes[n] for n in numbers] if scenes else samples, [classes[label] for _, label in found]
 
 
 def _draw_reconstructions(trainer: Trainer, model: CRATEMAE) -> None:
-    config = trainer.config
-    _, images, titles = _shown(trainer.data.val, trainer.data.classes)
-    n_patches = model.grid_size[0] * model.grid_size[1]
+    config, (samples, titles) = trainer.config, _shown(trainer)
+    images, n_patches = torch.stack([sample.image for sample in samples]), model.grid_size[0] * model.grid_size[1]
     ratios = sorted({config.mask_ratio, *(ratio for ratio in RATIOS if 0 < int(n_patches * (1 - ratio)) < n_patches)})
     path = trainer.run.folder / "reconstruction.png"
     reconstruction_figure(model, images, trainer.normalize, [path], ratios, config.seed, titles)
@@ -128,36 +134,28 @@ def _draw_reconstructions(trainer: Trainer, model: CRATEMAE) -> None:
 @torch.inference_mode()
 def _attention_report(trainer: Trainer, model: CRATE) -> dict:
     """Draw CLS attention of every head at two layers, one row per image; score it if there are object masks."""
-    data, layer = trainer.data, attention_layer(model)
-    samples, images, titles = _shown(data.val if data.masks is None else data.masks, data.classes)
-    rows, columns = [[Picture(image.permute(1, 2, 0).numpy())] for image in images], ["image"]
-    if data.masks is not None:
-        columns.append("object")
-        for row, (_, _, mask) in zip(rows, samples, strict=True):
-            row.append(Picture(mask.float().numpy(), "gray", (0, 1)))
-    model.eval()
-    pixels = trainer.normalize(images.to(trainer.device))
-    for layer_trace in trace(model, pixels, sorted({layer, model.transformer.depth - 1})):
-        maps = layer_trace.cls_attention().float().cpu().unflatten(-1, model.grid_size)
-        columns += [f"layer {layer_trace.index}, head {head}" for head in range(maps.shape[1])]
-        for row, heads in zip(rows, maps, strict=True):
-            row.extend(Picture(head.numpy()) for head in heads)
-    image_grid(rows, [trainer.run.folder / "attention.png"], row_titles=titles, column_titles=columns)
-    if data.masks is None:
+    config, extract = trainer.config, extractor_for(model)
+    loaded = LoadedModel("", model, trainer.normalize, extract, {})
+    scenes = None
+    if config.dataset == "shape_scenes":
+        scenes = SceneImages(config.image_size, config.val_samples, config.seed)
+    samples, titles = _shown(trainer, scenes)
+    layers = [extract.default_layer, extract.depth - 1]
+    features, columns = loaded.features(torch.stack([sample.image for sample in samples]), layers), {}
+    for layer in features.layers:
+        maps = features.cls_attention(layer).cpu().unflatten(-1, features.grid).numpy()
+        columns |= {f"layer {layer}, head {head}": map(Picture, maps[:, head]) for head in range(extract.heads)}
+    rows, names = image_rows(samples, columns)
+    image_grid(rows, [trainer.run.folder / "attention.png"], row_titles=titles, column_titles=names)
+    if scenes is None:
         return {}
-
-    def read() -> Iterator[tuple]:
-        for batch in eval_loader(trainer.config, data.masks):
-            pixels = trainer.normalize(batch.images.to(trainer.device))
-            maps = {layer_trace.index: layer_trace.cls_attention() for layer_trace in trace(model, pixels)}
-            yield maps, [mask[None] for mask in mask_to_grid(batch.masks, model.grid_size)], None
-
+    scored = Subset(scenes, range(min(config.segmentation_samples, config.val_samples)))
     try:
-        scores = score_attention(read())
+        scores = coarse_segmentation.evaluate(loaded, scored, batch_size=min(256, config.batch_size))
     except NoObjectsError as error:  # a finished training must not end in an error
         warnings.warn(f"attention maps are not scored: {error}", stacklevel=2)
         return {}
-    return {"attention_layer": layer, "attention_miou": scores}
+    return {"attention_layer": extract.default_layer, "attention_miou": scores}
 
 
 def scores_line(values: dict[str, float], scores: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from crate_fast.errors import UserError
@@ -50,11 +49,6 @@ def attention_to_mask(attention: Tensor, threshold: str = "topk", fraction: floa
 def _check_fraction(fraction: float) -> None:
     if not 0 < fraction <= 1:
         raise UserError(f"fraction={fraction}: it must be in (0, 1]")
-
-
-def mask_to_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Reduce pixel masks [B, H, W] to patch masks [B, rows·columns]; a patch is True if at least half of it is."""
-    return (F.adaptive_avg_pool2d(masks.float(), grid) >= 0.5).flatten(1)
 
 
 def intersection_over_union(predicted: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:

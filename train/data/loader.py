@@ -49,7 +49,6 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 [B]
     problems: Sequence[str] = ()  # "path: error: reason" of each corrupt image found while loading this batch
     keys: Sequence[Key] = ()  # (epoch, index) or (epoch, index, copy) of each sample
-    masks: Tensor | None = None  # bool [B, S, S] for `DataSplits.masks`, else None
 
 
 class _Split(Dataset):
@@ -113,10 +112,9 @@ class _SceneSplit(_Split):
         return self.images[key[1]]
 
     def batch(self, keys: Sequence[Key]) -> Batch:
-        images, labels, *masks = zip(*self.images.__getitems__([key[1] for key in keys]), strict=True)
-        masks = torch.stack(masks[0]) if masks else None
+        images, labels = zip(*self.images.__getitems__([key[1] for key in keys]), strict=True)
         images = [image.flip(-1) if self.flipped(key) else image for image, key in zip(images, keys, strict=True)]
-        return Batch(torch.stack(images), torch.tensor(labels), [], keys, masks)
+        return Batch(torch.stack(images), torch.tensor(labels), [], keys)
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,6 @@ class DataSplits:
     train: Dataset
     val: Dataset
     classes: tuple[str, ...]  # names, in the order of the labels
-    masks: Dataset | None  # validation data with object masks, (image, label, mask), or None
 
 
 def open_source(config: TrainConfig, train: bool) -> Source:
@@ -161,13 +158,11 @@ def build_splits(config: TrainConfig) -> DataSplits:
         scenes = partial(ShapeScenes, image_size=config.image_size, seed=config.seed)
         train = _SceneSplit(scenes(config.train_samples, split="train"), config, hflip=config.hflip)
         val = _SceneSplit(scenes(config.val_samples, split="val"), config)
-        n_masks = min(config.segmentation_samples, config.val_samples)
-        masks = _SceneSplit(scenes(n_masks, split="val", with_mask=True), config)
-        return DataSplits(train, val, ShapeScenes.classes, masks)
+        return DataSplits(train, val, ShapeScenes.classes)
     transform = train_transform(config)  # first, because listing the data may take minutes
     sources = open_source(config, train=True), open_source(config, train=False)
     train = _Split(sources[0], config, transform, config.hflip)
-    return DataSplits(train, _Split(sources[1], config, eval_transform(config)), common_classes(*sources), None)
+    return DataSplits(train, _Split(sources[1], config, eval_transform(config)), common_classes(*sources))
 
 
 def plain_splits(config: TrainConfig) -> DataSplits:
