@@ -296,7 +296,6 @@ def _share() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run", type=Path, help="folder of the run")
     add("folder", type=Path, help="folder to write")
-    add("--scores", type=Path, help="results.json of `crate-fast eval localization`, for the model card")
     add("--description", help="short description of the model, for the card and the explorer")
     add("--image-size", type=positive, help="interpolate the positions to this image size; default no")
     add("--license", default="other", help="license of the weights, by its name on the Hub; default other")

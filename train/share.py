@@ -1,7 +1,6 @@
 """Export a run's best model, with a model card, as a folder for timm and the Hugging Face Hub.
 
     crate-fast share runs/NAME FOLDER                              # config.json, model.safetensors, README.md
-    crate-fast share runs/NAME FOLDER --scores results.json        # of `eval localization`
     crate-fast share runs/NAME FOLDER --push USER/NAME             # upload the folder too
 
     model = crate_fast.load_pretrained("FOLDER")                   # once uploaded, hf-hub:USER/NAME
@@ -65,27 +64,9 @@ def _recorded_results(summary: dict, image_size: int) -> list[str]:
     return lines
 
 
-def _localization_results(path: Path) -> list[str]:
-    """Return a line for each layer in the results.json of `crate-fast eval localization`."""
-    try:
-        found = json.loads(path.read_text())
-        sizes = {model["label"]: model["image_size"][0] for model in found["config"]["models"]}
-        return [
-            f"localization ({label} at {sizes[label]} px), layer {row['layer']}, best head: MaxBoxAccV2 "
-            f"{row['best_head']['MaxBoxAccV2']:.3f}; mean box {scores['baselines']['mean box']['MaxBoxAccV2']:.3f}"
-            for label, scores in found["results"].items()
-            for row in scores["layers"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--scores {path} is not a results.json of `crate-fast eval localization` ({error!r}): pass one"
-        ) from error
-
-
 def write_model_folder(
     run: Path,
     folder: Path,
-    scores: Path | None = None,
     license_name: str = "other",
     half: bool = False,
     description: str | None = None,
@@ -113,7 +94,6 @@ def write_model_folder(
     classes = found.get("data", {}).get("classes")
     summary = run / "summary.json"
     results = _recorded_results(json.loads(summary.read_text()), config.image_size) if summary.is_file() else []
-    results += _localization_results(scores) if scores else []
     mean, std = STATISTICS[config.mean]
     size = image_size or config.image_size
     ours = {"mean": mean, "std": std, "num_classes": model.num_classes, "license": license_name}
@@ -140,7 +120,7 @@ def write_model_folder(
 
 def _command(options: argparse.Namespace) -> None:
     look = {"half": options.half, "description": options.description, "image_size": options.image_size}
-    write_model_folder(options.run, options.folder, options.scores, options.license, **look)
+    write_model_folder(options.run, options.folder, options.license, **look)
     print("written:", *sorted(options.folder.iterdir()), sep="\n  ")
     if options.push:
         from huggingface_hub import HfApi
