@@ -17,7 +17,7 @@ from runs import TINY, back_to, entries, losses, run, same, start, wait_until, w
 from soak import children, compare, torchrun
 
 from crate_fast.train import checkpoint, pretrain, trainer
-from crate_fast.train.checkpoint import RunLock
+from crate_fast.train.checkpoint import locked
 from crate_fast.train.faults import diagnosis
 from crate_fast.train.runs import load_model
 
@@ -143,9 +143,8 @@ def test_only_one_run_at_a_time_writes_a_folder(tmp_path, refuses):
     message = r"is being written by another run \(process \d+ on .*\): stop it first"
     refuses(message, pretrain.main, [*TINY, *words, "--resume"])
     Timer(0.5, first.send_signal, [signal.SIGKILL]).start()  # a lost host: a restart waits for its lock
-    lock = RunLock(folder)
-    lock.acquire(patience=60)
-    lock.release()
+    with locked(folder, patience=60):
+        pass
     first.communicate()
 
 

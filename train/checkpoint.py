@@ -16,6 +16,8 @@ import pickle
 import shutil
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -232,41 +234,38 @@ FREE_SETTINGS = (
 _LOCK_SECONDS = 120.0
 
 
-class RunLock:
-    """Lock of a run's folder (.lock), held until `release` or until the process ends; .owner names the process."""
+@contextmanager
+def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a run's folder (.lock), at most until the process ends; .owner names the process.
 
-    def __init__(self, folder: Path):
-        self.folder, self.owner = folder, folder / ".owner"
-        self._lock = filelock.FileLock(folder / ".lock")
+    Args:
+        patience: Seconds to wait for the lock: a file server keeps the lock of a dead host for a while.
 
-    def acquire(self, patience: float = 0.0) -> None:
-        """Acquire the lock within `patience` seconds: a file server keeps the lock of a dead host for a while.
-
-        Raises:
-            CheckpointError: Another process holds the lock; the message names it.
-        """
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / ".lock").touch()
-        try:
-            self._lock.acquire(timeout=patience)
-        except filelock.Timeout as error:
-            owner = self.owner.read_text() if self.owner.is_file() else "unknown"
-            raise CheckpointError(
-                f"{self.folder} is being written by another run ({owner}): stop it first, or pass another --output. "
-                "If torchrun itself was killed, its processes may still be running"
-            ) from error
-        except (OSError, NotImplementedError) as error:  # some clusters mount file systems without locks
-            warnings.warn(
-                f"{self.folder / '.lock'} cannot be locked ({error}): make sure that only one run writes there",
-                stacklevel=2,
-            )
-        with writing(self.folder):
-            write_text(self.owner, f"process {os.getpid()} on {socket.gethostname()}")
-
-    def release(self) -> None:
-        """Release the lock, if it is held."""
-        self._lock.release()
+    Raises:
+        CheckpointError: Another process holds the lock; the message names it.
+    """
+    lock, owner = filelock.FileLock(folder / ".lock"), folder / ".owner"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    try:
+        lock.acquire(timeout=patience)
+    except filelock.Timeout as error:
+        name = owner.read_text() if owner.is_file() else "unknown"
+        raise CheckpointError(
+            f"{folder} is being written by another run ({name}): stop it first, or pass another --output. "
+            "If torchrun itself was killed, its processes may still be running"
+        ) from error
+    except (OSError, NotImplementedError) as error:  # some clusters mount file systems without locks
+        warnings.warn(
+            f"{folder / '.lock'} cannot be locked ({error}): make sure that only one run writes there", stacklevel=3
+        )
+    try:
+        with writing(folder):
+            write_text(owner, f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        lock.release()
 
 
 class RunFolder:
@@ -278,7 +277,7 @@ class RunFolder:
         self.history: list[dict] = []  # the entries of metrics.jsonl
         self.board = None  # TensorBoard's writer
         self.saved: int | None = None  # the step of the last checkpoint
-        self.lock = RunLock(folder)
+        self._lock = ExitStack()  # with `locked`
 
     def begin(self, resume: bool) -> Checkpoint | None:
         """Open the folder; return the newest checkpoint if there is a run to continue, None for a new run.
@@ -288,7 +287,7 @@ class RunFolder:
         """
         if self.processes.first:
             restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-            self.lock.acquire(patience=_LOCK_SECONDS if restarted else 0.0)
+            self._lock.enter_context(locked(self.folder, _LOCK_SECONDS if restarted else 0.0))
             if resume:
                 with writing(self.folder):
                     sweep(self.checkpoints)
@@ -394,4 +393,4 @@ class RunFolder:
         if self.board is not None:
             with writing(self.folder):
                 self.board.close()
-        self.lock.release()
+        self._lock.close()

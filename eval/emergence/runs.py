@@ -18,8 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +37,7 @@ from crate_fast.eval.emergence.protocol import Protocol, Run
 from crate_fast.eval.emergence.results import Results
 from crate_fast.eval.emergence.scores import box_scores, checkpoint_scores, mask_scores, pictures
 from crate_fast.settings import usable_cores
-from crate_fast.train.checkpoint import RunLock, write_text
+from crate_fast.train.checkpoint import locked, write_text
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.faults import Interruption, NonFiniteError
 from crate_fast.train.runs import run_config
@@ -125,7 +124,7 @@ def run_experiment(
     Return True when all runs are done, and False after `minutes` or a signal; the same call then resumes. A failed
     run or another process in these folders is a `UserError`; finished runs are kept.
     """
-    with _locked(folders.output), Interruption(signal.SIGINT) as interruption:
+    with locked(folders.output), Interruption(signal.SIGINT) as interruption:
         deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         scheduler = _Scheduler(runs, protocol, folders, resources)
         try:
@@ -134,16 +133,6 @@ def run_experiment(
             scheduler.terminate()
             for process, _ in scheduler.running.values():
                 process.join()
-
-
-@contextmanager
-def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    lock = RunLock(folder)
-    lock.acquire(patience)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class _Scheduler:
@@ -243,7 +232,7 @@ def _run_job(job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its jobs with SIGTERM
     threading.Thread(target=stop_with_parent, daemon=True).start()
     torch.set_num_threads(job.settings["threads"])
-    with _locked(job.folders.output / "locks" / job.run.name, _LOCK_SECONDS):
+    with locked(job.folders.output / "locks" / job.run.name, _LOCK_SECONDS):
         train_and_score(job)
     sys.exit(0)
 
