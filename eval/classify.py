@@ -27,7 +27,7 @@ PROTOCOLS = ("head", "knn", "linear")
 KS = (10, 20, 100, 200)  # numbers of neighbours
 RAW_SIDE = 16  # side of raw images, in pixels
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # values of scikit-learn's C, the inverse regularisation strength
-_MAX_ITERATIONS = 500
+_STRENGTH, _MAX_ITERATIONS = "logisticregression__C", 500
 _MAX_SIMILARITIES = 2**26  # in memory at once: 256 MiB
 _DATA_OPTIONS = ("dataset", "data_dir", "train_split", "val_split", "train_samples", "val_samples")
 _DATA_SETTINGS = (*_DATA_OPTIONS, "image_size", "seed")
@@ -141,6 +141,7 @@ def linear_probe(train: Tensor, labels: Tensor, val: Tensor, seed: int = 0) -> L
     """
     require("sklearn")
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -151,17 +152,12 @@ def linear_probe(train: Tensor, labels: Tensor, val: Tensor, seed: int = 0) -> L
         raise UserError(
             f"{len(train)} training images of {n_classes} classes are too few for a linear probe: raise --train-limit"
         )
-    x, y = train.double().numpy(), labels.numpy()
-
-    def fit(rows: Tensor, strength: float):
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_MAX_ITERATIONS))
-        return probe.fit(x[rows], y[rows])  # warns if it does not converge
-
-    held_out = {c: float(fit(rest, c).score(x[apart], y[apart])) for c in STRENGTHS}
-    best = max(STRENGTHS, key=held_out.get)  # the smallest C on a tie
-    probe = fit(order.sort().values, best)
-    predictions = torch.from_numpy(probe.predict(val.double().numpy()))
-    return LinearProbe(predictions, best, held_out)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_MAX_ITERATIONS))  # warns without convergence
+    search = GridSearchCV(probe, {_STRENGTH: STRENGTHS}, cv=[(rest.numpy(), apart.numpy())])
+    search.fit(train.double().numpy(), labels.numpy())  # of equally good C the smallest
+    held_out = dict(zip(STRENGTHS, search.cv_results_["mean_test_score"].tolist(), strict=True))
+    predictions = torch.from_numpy(search.predict(val.double().numpy()))
+    return LinearProbe(predictions, search.best_params_[_STRENGTH], held_out)
 
 
 # --- the protocol
