@@ -143,18 +143,14 @@ def second_eigenvector(links: Tensor, present: Tensor | None = None, epsilon: fl
 
 def _solve_again(links: Tensor, present: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor, int]:
     """Return (v [P], θ, residual, solver) of one graph, in fp64."""
-    if len(links) > _SMALL:
-        graph = _Graphs(links.double().unsqueeze(0), present.unsqueeze(0), epsilon)
-        if found := _block_lanczos(graph):
-            return graph.inverse_root[0] * found[0], found[1], found[2], 1
+    graph = _Graphs(links.double().unsqueeze(0), present.unsqueeze(0), epsilon)
+    if len(links) > _SMALL and (found := _block_lanczos(graph)):
+        return graph.inverse_root[0] * found[0], found[1], found[2], 1
     # dense M, which takes a few times 8 P² bytes
-    here = present.double()
-    affinity = epsilon + (1 - epsilon) * here.unsqueeze(0) * here.unsqueeze(1) * links.double()
-    inverse_root = affinity.sum(dim=-1).rsqrt()
-    matrix = affinity.mul_(inverse_root.unsqueeze(0)).mul_(inverse_root.unsqueeze(1))
+    matrix = graph.product(torch.eye(len(links)).to(graph.top))
     values, vectors = torch.linalg.eigh(matrix)
     y, theta = vectors[:, -2], values[-2]
-    return inverse_root * y, theta, (matrix @ y - theta * y).norm(), 2
+    return graph.inverse_root[0] * y, theta, (matrix @ y - theta * y).norm(), 2
 
 
 def _block_lanczos(graph: _Graphs) -> tuple[Tensor, Tensor, Tensor] | None:
