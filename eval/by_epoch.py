@@ -19,9 +19,9 @@ from crate_fast.eval.common.images import readable
 from crate_fast.eval.common.models import check_model_args, open_model, split_label
 from crate_fast.eval.pca import component_colours
 from crate_fast.options import main_of
-from crate_fast.train.checkpoint import CheckpointError
+from crate_fast.train.checkpoint import CheckpointError, manifest
 from crate_fast.train.distributed import choose_device
-from crate_fast.train.runs import checkpoint_epoch, checkpoint_steps
+from crate_fast.train.runs import checkpoint_steps
 
 
 def _command(options: argparse.Namespace) -> None:
@@ -60,7 +60,7 @@ def _command(options: argparse.Namespace) -> None:
         columns.append([c if c is None else Picture(c.view(*features.grid, 3).numpy()) for c in colours])
     if not results.keys() - {0}:
         raise UserError(f"{run}: none of the steps {chosen} can be read; first problem: {left_out[chosen[0]]}")
-    epochs = {0: 0.0} | {step: checkpoint_epoch(run, step) for step in chosen if step in results}
+    epochs = {step: manifest(run / "checkpoints", step)["epoch"] if step else 0.0 for step in results}
     rows = [{"step": step, "epoch": epochs[step], **numbers} for step, numbers in results.items()]
     evaluation.write_table("table", rows, digits=2)
     along = {epochs[step]: numbers for step, numbers in results.items()}

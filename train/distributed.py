@@ -140,11 +140,6 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [*(blocks or getattr(model, "blocks", ())), *getattr(model, "decoder_blocks", ())]
 
 
-def shards_model(config: TrainConfig, processes: Processes) -> bool:
-    """Return True if each process of the run holds a shard of the model (fsdp)."""
-    return processes.world_size > 1 and config.parallel == "fsdp"
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Return True if `shard` was applied."""
     return isinstance(model, FSDPModule)

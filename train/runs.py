@@ -103,11 +103,6 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return steps
 
 
-def checkpoint_epoch(folder: Path, step: int) -> float:
-    """Return the epochs trained until a checkpoint."""
-    return checkpoint.manifest(folder / "checkpoints", step)["epoch"]
-
-
 def run_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor], int]:
     """Return the weights of a run's checkpoint and its step; the EMA weights if the run keeps an EMA.
 

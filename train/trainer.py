@@ -114,7 +114,7 @@ class Trainer:
         self.started_from = "random weights"
         if config.init and checkpoint.newest(folder / "checkpoints") is None:
             self.started_from = load_initial(model, config)
-        sharded = distributed.shards_model(config, processes)
+        sharded = processes.world_size > 1 and config.parallel == "fsdp"
         self.model = model.to(self.device)
         self.objective = objective_for(self.model, config, processes)
         self.normalize = Normalize(config.mean).to(self.device)
@@ -149,7 +149,7 @@ class Trainer:
             self.restore(*saved[:3])
         if self.processes.first:
             if best := self.best():  # a run killed right after an evaluation has not recorded it
-                checkpoint.record_best(self.run.checkpoints, best)
+                self.run.mark_best(best)
             how = f" ({self.config.parallel})" if self.processes.world_size > 1 else ""
             parameters = sum(p.numel() for p in self.model.parameters())
             where = f"from step {self.step}" if self.step else f"from {self.started_from}"
