@@ -153,13 +153,11 @@ def _split_validation(val: Path, classes: tuple[str, ...], folder: Path) -> None
         raise UserError(
             f"{val} must have the classes of train, each with at least two images: correct {', '.join(differing[:4])}"
         )
-    for split in ("selection", "test"):
-        for name in classes:
-            (folder / split / name).mkdir(parents=True, exist_ok=True)
     seen: Counter = Counter()
     for name in tree.names:
         label = name.split("/")[0]
-        link = folder / ("selection" if seen[label] % 2 == 0 else "test") / label / Path(name).name
+        link = folder / ("selection" if seen[label] % 2 == 0 else "test") / name
         seen[label] += 1
+        link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             os.symlink((val / name).resolve(), link)
