@@ -12,12 +12,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, require
 from crate_fast.eval.common import paper
 from crate_fast.eval.common.command import Evaluation, open_models
-from crate_fast.eval.common.images import Sample, batches
+from crate_fast.eval.common.images import LabelledImages, batches
 from crate_fast.eval.common.models import LoadedModel, class_names
 from crate_fast.options import main_of
 from crate_fast.train.config import TrainConfig
@@ -34,32 +33,6 @@ _DATA_SETTINGS = (*_DATA_OPTIONS, "image_size", "seed")
 
 
 # --- probes of frozen features
-
-
-class LabelledImages(Dataset):
-    """Labelled images of a split of `plain_splits`, with its name for messages.
-
-    The at most `limit` images are evenly spaced, as the split may be sorted by class. An unreadable image becomes a
-    sample with a `problem`.
-    """
-
-    def __init__(self, split: Dataset, name: str, limit: int | None = None):
-        self.split, self.name, total = split, name, len(split)
-        count = min(limit or total, total)
-        self.indices = [i * total // count for i in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, number: int) -> Sample:
-        return self.__getitems__([number])[0]
-
-    def __getitems__(self, numbers: list[int]) -> list[Sample]:
-        batch = self.split.batch([(0, self.indices[number]) for number in numbers])  # draws scenes in one batch
-        read = zip(batch.keys, batch.images, batch.labels.tolist(), strict=True)
-        samples = [Sample(index, image, tuple(image.shape[1:]), label=label) for (_, index), image, label in read]
-        blank = torch.zeros(3, 1, 1, dtype=torch.uint8)
-        return samples + [Sample("", blank, (0, 0), None, f"{self.name} image {text}") for text in batch.problems]
 
 
 def pooled(model: nn.Module, tokens: Tensor, pool: str = "cls") -> Tensor:

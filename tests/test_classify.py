@@ -13,7 +13,8 @@ from PIL import Image
 
 from crate_fast.errors import UserError
 from crate_fast.eval import classify
-from crate_fast.eval.classify import LabelledImages, knn_predictions, linear_probe, pooled
+from crate_fast.eval.classify import knn_predictions, linear_probe, pooled
+from crate_fast.eval.common.images import LabelledImages
 from crate_fast.eval.common.models import open_model
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.loader import plain_splits

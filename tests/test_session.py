@@ -1,8 +1,10 @@
 """EMA, learning rates, precision, logs, dry runs, and unreadable images of a run."""
 
+import itertools
 import json
 import math
 import multiprocessing
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,6 +151,13 @@ def test_unreadable_images_are_named_counted_and_replaced(folder, tmp_path, caps
     assert [json.loads((f / "summary.json").read_text())["unreadable_images"] for f in (whole, run)] == [2, 2]
     assert sorted((run / "unreadable.txt").read_text().splitlines()) == sorted(lines)  # each once
     assert "training images that could not be read: 2; see unreadable.txt" in capsys.readouterr().out
+
+
+def test_a_run_ends_if_no_image_of_its_figures_can_be_read(folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    for label, i in itertools.product(("ant", "bee"), (0, 2, 5, 7)):  # the evenly spaced eight of twenty
+        (data / "validation" / label / f"{i:02d}.jpg").write_bytes(b"")
+    assert pretrain.main(_words(data, tmp_path / "run", "1", "--epochs", "1")) == 0
 
 
 @pytest.mark.parametrize(("share", "split"), [("0.01", "2 of 100 images"), ("0.04", "1 of 20 images")])

@@ -18,11 +18,10 @@ from crate_fast import CRATE, CRATEMAE
 from crate_fast.eval import coarse_segmentation
 from crate_fast.eval.common.features import extractor_for
 from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid, image_rows
-from crate_fast.eval.common.images import Sample, SceneImages
+from crate_fast.eval.common.images import LabelledImages, Sample, SceneImages, readable
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import NoObjectsError, scores_table
 from crate_fast.train import checkpoint
-from crate_fast.train.data.loader import readable
 from crate_fast.train.reconstruction import RATIOS, reconstruction_figure, reconstructions
 from crate_fast.whitebox import layer_statistics
 
@@ -42,8 +41,7 @@ def log_layers(trainer: Trainer, model: nn.Module) -> None:
     """
     if not isinstance(model, CRATE | CRATEMAE):
         return
-    split, run = trainer.data.val, trainer.run
-    images = [image for image, *_ in readable(split, range(min(WHITEBOX_IMAGES, len(split))))]
+    run, images = trainer.run, [sample.image for sample in _shown(trainer, WHITEBOX_IMAGES)]
     if not images:
         return
     images, encoder = torch.stack(images), model.encoder() if isinstance(model, CRATEMAE) else model
@@ -104,27 +102,23 @@ def write_report(trainer: Trainer, model: nn.Module, seconds: float) -> dict:
         }
     elif (folder / "summary.json").is_file():  # a finished run was resumed: nothing was trained or measured
         summary |= {k: v for k, v in json.loads((folder / "summary.json").read_text()).items() if k == "throughput"}
-    if isinstance(model, CRATEMAE):
-        _draw_reconstructions(trainer, model)
-    if isinstance(model, CRATE | CRATEMAE):
-        summary |= _attention_report(trainer, model.encoder() if isinstance(model, CRATEMAE) else model)
+    samples = _shown(trainer)
+    if samples and isinstance(model, CRATEMAE):
+        _draw_reconstructions(trainer, model, samples)
+    if samples and isinstance(model, CRATE | CRATEMAE):
+        summary |= _attention_report(trainer, model.encoder() if isinstance(model, CRATEMAE) else model, samples)
     with checkpoint.writing(folder):
         checkpoint.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def _shown(trainer: Trainer, scenes: SceneImages | None = None) -> tuple[list[Sample], list[str]]:
-    """Return up to eight validation images, evenly spaced, and their classes; those of `scenes` have object masks."""
-    split, classes = trainer.data.val, trainer.data.classes
-    count = min(SHOWN_IMAGES, len(split))
-    numbers = [i * len(split) // count for i in range(count)]
-    found = readable(split, numbers)
-    samples = [Sample("", image, tuple(image.shape[1:])) for image, _ in found]
-    return [scenes[n] for n in numbers] if scenes else samples, [classes[label] for _, label in found]
+def _shown(trainer: Trainer, count: int = SHOWN_IMAGES) -> list[Sample]:
+    """Return up to `count` readable validation images, evenly spaced."""
+    return [sample for _, sample in readable(LabelledImages(trainer.data.val, "validation", count))]
 
 
-def _draw_reconstructions(trainer: Trainer, model: CRATEMAE) -> None:
-    config, (samples, titles) = trainer.config, _shown(trainer)
+def _draw_reconstructions(trainer: Trainer, model: CRATEMAE, samples: list[Sample]) -> None:
+    config, titles = trainer.config, [trainer.data.classes[sample.label] for sample in samples]
     images, n_patches = torch.stack([sample.image for sample in samples]), model.grid_size[0] * model.grid_size[1]
     ratios = sorted({config.mask_ratio, *(ratio for ratio in RATIOS if 0 < int(n_patches * (1 - ratio)) < n_patches)})
     path = trainer.run.folder / "reconstruction.png"
@@ -132,14 +126,14 @@ def _draw_reconstructions(trainer: Trainer, model: CRATEMAE) -> None:
 
 
 @torch.inference_mode()
-def _attention_report(trainer: Trainer, model: CRATE) -> dict:
+def _attention_report(trainer: Trainer, model: CRATE, samples: list[Sample]) -> dict:
     """Draw CLS attention of every head at two layers, one row per image; score it if there are object masks."""
     config, extract = trainer.config, extractor_for(model)
     loaded = LoadedModel("", model, trainer.normalize, extract, {})
-    scenes = None
+    scenes, titles = None, [trainer.data.classes[sample.label] for sample in samples]
     if config.dataset == "shape_scenes":
         scenes = SceneImages(config.image_size, config.val_samples, config.seed)
-    samples, titles = _shown(trainer, scenes)
+        samples = [scenes[sample.key] for sample in samples]  # with masks
     layers = [extract.default_layer, extract.depth - 1]
     features, columns = loaded.features(torch.stack([sample.image for sample in samples]), layers), {}
     for layer in features.layers:

@@ -292,6 +292,32 @@ class SceneImages(ImageFiles):
         return dict(enumerate(self.scenes.classes))
 
 
+class LabelledImages(Dataset):
+    """Labelled images of a split of `train.data.loader.plain_splits`, with its name for messages.
+
+    The at most `limit` images are evenly spaced, as the split may be sorted by class. An unreadable image becomes a
+    sample with a `problem`.
+    """
+
+    def __init__(self, split: Dataset, name: str, limit: int | None = None):
+        self.split, self.name, total = split, name, len(split)
+        count = min(limit or total, total)
+        self.indices = [i * total // count for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> Sample:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: list[int]) -> list[Sample]:
+        batch = self.split.batch([(0, self.indices[number]) for number in numbers])  # draws scenes in one batch
+        read = zip(batch.keys, batch.images, batch.labels.tolist(), strict=True)
+        samples = [Sample(index, image, tuple(image.shape[1:]), label=label) for (_, index), image, label in read]
+        blank = torch.zeros(3, 1, 1, dtype=torch.uint8)
+        return samples + [Sample("", blank, (0, 0), None, f"{self.name} image {text}") for text in batch.problems]
+
+
 def open_images(specification: str, size: int, limit: int | None = None) -> Dataset:
     """Open the images named by `--data` (see the module's docstring) as a data set of `Sample`s.
 

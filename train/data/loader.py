@@ -9,7 +9,6 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -171,15 +170,6 @@ def plain_splits(config: TrainConfig) -> DataSplits:
     if config.dataset == "shape_scenes":
         return data
     return dataclasses.replace(data, train=_Split(data.train.images, config, eval_transform(config)))
-
-
-def readable(split: Dataset, indices: Sequence[int]) -> list[tuple]:
-    """Return a split's evaluation samples at `indices`, without the corrupt ones."""
-    found = []
-    for index in indices:
-        with suppress(Unreadable):
-            found.append(split[0, index])
-    return found
 
 
 def _train_keys(
