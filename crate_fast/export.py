@@ -323,7 +323,7 @@ def _statistics(normalize: nn.Module) -> tuple[list[float], list[float]]:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from crate_fast.eval.common.models import check_model_args, class_names, open_model
+    from crate_fast.eval.common.models import check_model_args, open_model
     from crate_fast.eval.common.results import file_name, make_folder
 
     loaded = open_model(options.model, "cpu", options.image_size, options.model_args, options.seed)
@@ -335,7 +335,7 @@ def _export(options: argparse.Namespace) -> None:
         )
     depth = loaded.extract.depth
     facts = {name: loaded.facts[name] for name in ("model", "weights_sha256", "parameters")}
-    classes = class_names(loaded) if loaded.model.num_classes else None
+    classes = loaded.classes if loaded.model.num_classes else None
     written = export_model(
         loaded.model,
         make_folder(options.output or Path("runs/export") / file_name(options.model)),

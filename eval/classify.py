@@ -17,7 +17,7 @@ from crate_fast.errors import UserError, require
 from crate_fast.eval.common import paper
 from crate_fast.eval.common.command import Evaluation, open_models
 from crate_fast.eval.common.images import LabelledImages, batches
-from crate_fast.eval.common.models import LoadedModel, class_names
+from crate_fast.eval.common.models import LoadedModel
 from crate_fast.options import main_of
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.loader import DataSplits, plain_splits
@@ -145,7 +145,7 @@ def _outputs(loaded: LoadedModel, data: DataSplits) -> list[int]:
     known, remedy = f"the head of {loaded.label}", "score the features instead, with --protocol knn,linear"
     if len(numbers) != len(classes):
         raise UserError(f"{known} has {len(numbers)} classes and the data set {len(classes)}: {remedy}")
-    names = class_names(loaded) or classes
+    names = list(loaded.classes or classes)
     if names != classes and set(names) == set(classes):
         return [names.index(name) for name in classes]
     if names != classes and [str(number) for number in numbers] not in (names, classes):  # numbers: names not known

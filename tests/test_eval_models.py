@@ -17,7 +17,7 @@ import crate_fast
 from crate_fast import pretrained
 from crate_fast.errors import UserError
 from crate_fast.eval.common.images import SceneImages, batches, open_images
-from crate_fast.eval.common.models import class_names, open_model
+from crate_fast.eval.common.models import open_model
 from crate_fast.eval.common.segmentation import attention_to_mask, average_precision, intersection_over_union
 from crate_fast.eval.explore.command import model_choices
 from crate_fast.eval.white_box import main as white_box
@@ -45,9 +45,7 @@ def test_folders_and_files_may_have_an_at_in_their_names(tiny_run, tmp_path):
     folder = shutil.copytree(tiny_run, tmp_path / "a@b" / "run@4")
     for before, after in (("", ""), ("mine=", ""), ("", "@8")):
         name, wanted = f"{before}{folder}{after}", open_model(f"{before}{tiny_run}{after}")
-        found = open_model(name)
-        assert found.facts["weights_sha256"] == wanted.facts["weights_sha256"]
-        assert class_names(found) == list(CLASSES)
+        assert open_model(name).facts["weights_sha256"] == wanted.facts["weights_sha256"]
     file, sizes = folder / "w@1.pth", {"depth": 2, "dim": 32, "heads": 2, "img_size": 32}
     torch.save(timm.create_model(NAME, num_classes=7, **sizes).state_dict(), file)
     assert open_model(f"{NAME}@{file}", model_args=SMALL).model.num_classes == 7
@@ -143,7 +141,7 @@ def test_damaged_files_of_a_run_are_one_line_errors(tiny_run, tmp_path):
         open_model(str(folder))
     (weights.parent / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
-        class_names(replace(open_model(f"{tiny_run}@8"), facts={"model": f"{folder}@8"}))
+        open_model(f"{folder}@untrained")
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("depth: 2", "depth: 3"))
     message = r"^[^\n]*step 4 does not hold the weights of this model[^\n]*config.yaml[^\n]*$"
@@ -213,7 +211,7 @@ def test_a_shared_folder_gives_the_outputs_of_its_run(tiny_run, tmp_path, monkey
     config = timm.models._hub.load_model_config_from_path("CRATE")
     monkeypatch.setattr("timm.models._factory.load_model_config_from_hf", lambda *_, **__: config)
     hub = open_model("hf-hub:USER/NAME@untrained")
-    assert class_names(shared) == class_names(run) == class_names(hub) == list(CLASSES)
+    assert list(shared.classes) == list(run.classes) == list(hub.classes) == list(CLASSES)
     assert [choice.specification for choice in model_choices("CRATE")] == ["CRATE"]
 
 

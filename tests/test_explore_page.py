@@ -45,7 +45,7 @@ def explorer():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, **options)
     loaded = LoadedModel("nocls", model.eval(), Normalize("half"), extractor_for(model), {"parameters": 1})
     found.models.limit = 9
-    found.models.put(3, OpenModel(loaded, None, threading.Lock()))
+    found.models.put(3, OpenModel(loaded, threading.Lock()))
     return found
 
 

@@ -30,7 +30,7 @@ from crate_fast.train import checkpoint
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.transforms import Normalize
-from crate_fast.train.runs import build_model, checkpoint_steps, load_model, num_classes_of, run_config, run_weights
+from crate_fast.train.runs import build_model, checkpoint_steps, load_model, num_classes_of, run_config
 
 _SHIPPED = "shipped:"
 
@@ -44,6 +44,7 @@ class LoadedModel:
     normalize: Normalize  # from uint8 images [B, 3, H, W] to the model's input
     extract: FeatureExtractor = field(repr=False)
     facts: dict  # specification, number of parameters, image size, hash of the weights
+    classes: Sequence[str] | None = None  # names of the logits' classes, if known
     config: TrainConfig | None = None  # of the model's run
     autoencoder: CRATEMAE | None = None  # the CRATE-MAE whose encoder `model` is
 
@@ -118,24 +119,20 @@ def _seeded(build, seed: int) -> nn.Module:
         return build()
 
 
-def _from_run(folder: Path, version: str, seed: int) -> tuple[nn.Module, TrainConfig]:
+def _from_run(folder: Path, version: str, seed: int) -> tuple[nn.Module, TrainConfig, list[str]]:
+    """Return a run's model with its configuration and the names of its classes."""
     if version == "untrained":
-        config, problems = run_config(folder), []
-        for step in checkpoint_steps(folder):  # the number of classes is that of the first readable checkpoint
-            try:
-                n_classes = num_classes_of(run_weights(folder, step)[0])
-                break
-            except CheckpointError as error:
-                problems.append(error)
-        else:
-            raise problems[0]
-        return _seeded(lambda: build_model(config, n_classes), seed), config
-    if version and not version.isdigit():
+        config, step = run_config(folder), checkpoint_steps(folder)[-1]
+    elif version and not version.isdigit():
         raise UserError(
             f"{folder}@{version}: after a run's folder write @STEP or @untrained, or nothing for the best checkpoint"
         )
-    model, config, _ = load_model(folder, int(version) if version else None)
-    return model, config
+    else:
+        model, config, step = load_model(folder, int(version) if version else None)
+    classes = checkpoint.manifest(folder / "checkpoints", step)["data"]["classes"]
+    if version == "untrained":
+        model = _seeded(lambda: build_model(config, len(classes)), seed)
+    return model, config, classes
 
 
 def _shared(source: str) -> str | None:
@@ -206,9 +203,9 @@ def open_model(
     """
     label, source = split_label(specification)
     name, version = split_source(source)
-    arguments, config, shared = _parse_arguments(model_args), None, _shared(name)
+    arguments, config, shared, classes = _parse_arguments(model_args), None, _shared(name), None
     if Path(name).is_dir() and shared is None:
-        model, config = _from_run(Path(name), version, seed)
+        model, config, classes = _from_run(Path(name), version, seed)
         statistics = config.mean
     else:
         if shared is None:
@@ -219,6 +216,7 @@ def open_model(
             raise UserError(f"{name}@{version}: write {name} or {name}@untrained")
         timm_config = getattr(model, "pretrained_cfg", None)  # None for an autoencoder
         statistics = (timm_config["mean"], timm_config["std"]) if timm_config else "imagenet"
+        classes = timm_config.get("label_names") if timm_config else None
     autoencoder = model.to(device) if isinstance(model, CRATEMAE) else None
     model = model.encoder() if autoencoder else model
     extract = extractor_for(model)
@@ -245,7 +243,7 @@ def open_model(
         "seed": seed,
     }
     normalize = Normalize(statistics).to(device)
-    return LoadedModel(label, model.to(device), normalize, extract, facts, config, autoencoder)
+    return LoadedModel(label, model.to(device), normalize, extract, facts, classes, config, autoencoder)
 
 
 def check_model_args(words: Sequence[str] | None, models: Sequence[LoadedModel]) -> None:
@@ -253,13 +251,3 @@ def check_model_args(words: Sequence[str] | None, models: Sequence[LoadedModel])
     if words and not any(loaded.facts["model_args"] for loaded in models):
         given = " ".join(words)
         raise UserError(f"--model-args {given}: runs and shared models have their own settings; leave them out")
-
-
-def class_names(loaded: LoadedModel) -> list[str] | None:
-    """Return the class names of a model's logits; None if they are not recorded."""
-    if loaded.config is None:
-        known = getattr(loaded.model, "pretrained_cfg", None) or {}
-        return list(known.get("label_names") or ()) or None
-    name, version = split_source(loaded.facts["model"])
-    step = int(version) if version.isdigit() else checkpoint_steps(Path(name))[-1]
-    return checkpoint.manifest(Path(name) / "checkpoints", step).get("data", {}).get("classes")

@@ -10,7 +10,7 @@ from torch import Tensor
 from crate_fast.errors import UserError
 from crate_fast.eval.common.features import Features, LayerTokens
 from crate_fast.eval.common.images import box_corners
-from crate_fast.eval.common.models import LoadedModel, class_names, open_model
+from crate_fast.eval.common.models import LoadedModel, open_model
 from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, LRUCache, Pictures
 from crate_fast.eval.maskcut import maskcut
 from crate_fast.eval.pca import component_colours
@@ -32,10 +32,9 @@ class ModelChoice(NamedTuple):
 
 
 class OpenModel(NamedTuple):
-    """A model in memory, its class names if known, and a lock to hold while it runs."""
+    """A model in memory, and a lock to hold while it runs."""
 
     loaded: LoadedModel
-    classes: list[str] | None
     lock: threading.Lock
 
 
@@ -119,7 +118,7 @@ def inspect(opened: OpenModel, image: Tensor) -> Inspection:
         "top": None,
     }
     if logits.dim() == 2 and getattr(model, "num_classes", 0):
-        names = opened.classes or []
+        names = loaded.classes or []
         values, classes = logits.float().softmax(dim=-1)[0].topk(min(5, logits.shape[-1]))
         summary["top"] = [
             {"class": i, "name": names[i] if i < len(names) else f"class {i}", "probability": value}
@@ -164,8 +163,7 @@ class Explorer:
 
         def make() -> OpenModel:
             try:
-                loaded = open_model(specification, **self.opening)
-                return OpenModel(loaded, class_names(loaded), threading.Lock())
+                return OpenModel(open_model(specification, **self.opening), threading.Lock())
             except (TypeError, OSError, RuntimeError) as error:
                 raise UserError(f"{specification} cannot be opened: {error}") from error
 
