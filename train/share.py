@@ -91,20 +91,18 @@ def write_model_folder(
         resized.load_state_dict(adapt_state_dict(model.state_dict(), resized))
         model = resized.eval()
     found = checkpoint.manifest(run / "checkpoints", step)
-    classes = found.get("data", {}).get("classes")
     summary = run / "summary.json"
     results = _recorded_results(json.loads(summary.read_text()), config.image_size) if summary.is_file() else []
     mean, std = STATISTICS[config.mean]
     size = image_size or config.image_size
     ours = {"mean": mean, "std": std, "num_classes": model.num_classes, "license": license_name}
+    ours["label_names"] = found["data"]["classes"]
     # of `eval_transform`, instead of the architecture's
     ours |= {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic", "input_size": (3, size, size)}
     ours |= {"test_crop_pct": None, "test_input_size": None, "pool_size": None}
     if description:
         ours["description"] = description
     model.pretrained_cfg = {**model.pretrained_cfg, **ours}
-    if classes and len(classes) == model.num_classes:
-        model.pretrained_cfg["label_names"] = list(classes)
     facts = {"description": description} if description else {}
     facts |= {
         "architecture": config.model,

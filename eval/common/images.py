@@ -89,8 +89,8 @@ class Sample:
     """One image of a data set."""
 
     key: str | int  # name or number in the data set
-    image: Tensor  # uint8 [3, S, S], squashed to a square; zeros if unreadable
-    size: tuple[int, int]  # height and width of the original image, in pixels
+    image: Tensor | None  # uint8 [3, S, S], squashed to a square; None if unreadable
+    size: tuple[int, int] | None  # height and width of the original image, in pixels; None if unreadable
     target: Target | None = None
     problem: str | None = None  # reason why the image is unreadable
     label: int = -1  # number of the class; -1 if unknown
@@ -144,8 +144,7 @@ class ImageFiles(Dataset):
                 picture = stored
             target = self.target(key, picture.size[::-1])
         except _UNREADABLE as error:
-            blank = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-            return Sample(key, blank, (0, 0), problem=describe(str(path), error))
+            return Sample(key, None, None, problem=describe(str(path), error))
         return Sample(key, squash(picture, self.size), picture.size[::-1], target)
 
     def keys(self) -> list[str | int]:
@@ -314,8 +313,7 @@ class LabelledImages(Dataset):
         batch = self.split.batch([(0, self.indices[number]) for number in numbers])  # draws scenes in one batch
         read = zip(batch.keys, batch.images, batch.labels.tolist(), strict=True)
         samples = [Sample(index, image, tuple(image.shape[1:]), label=label) for (_, index), image, label in read]
-        blank = torch.zeros(3, 1, 1, dtype=torch.uint8)
-        return samples + [Sample("", blank, (0, 0), None, f"{self.name} image {text}") for text in batch.problems]
+        return samples + [Sample("", None, None, problem=f"{self.name} image {text}") for text in batch.problems]
 
 
 def open_images(specification: str, size: int, limit: int | None = None) -> Dataset:

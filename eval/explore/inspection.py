@@ -81,9 +81,8 @@ class Inspection:
 
 
 @torch.inference_mode()
-def inspect(opened: OpenModel, image: Tensor) -> Inspection:
+def inspect(loaded: LoadedModel, image: Tensor) -> Inspection:
     """Run a model on one picture, uint8 [3, S, S]. Hold the model's lock, because hooks read its layers."""
-    loaded = opened.loaded
     model, extract = loaded.model, loaded.extract
     pixels = loaded.normalize(image.unsqueeze(0).to(loaded.device))
     rates: list[float] = []
@@ -177,7 +176,7 @@ class Explorer:
             opened = self.model(model)
 
             def make() -> Inspection:
-                return inspect(opened, self.pictures.pixels(picture, opened.loaded.extract.image_size[0]))
+                return inspect(opened.loaded, self.pictures.pixels(picture, opened.loaded.extract.image_size[0]))
 
             found = self.inspections.once(key, opened.lock, make)
         return found
