@@ -23,6 +23,7 @@ from crate_fast.eval.emergence.results import (
 from crate_fast.eval.white_box import trend
 from crate_fast.train.checkpoint import write_text
 
+Columns = dict[str, Callable[[dict], float | None]]  # column → function of a result
 _PAIRS = (*itertools.pairwise(ORDER), ("CRATE", "ViT"))
 _FIGURES = (
     "Grids show freely licensed photographs from Python packages, at {size} px, and the models of the first seed. "
@@ -77,7 +78,9 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
     return path
 
 
-def _with_spread(values: Sequence[float]) -> str:
+def _with_spread(values: Sequence[float | None]) -> str | None:
+    if None in values:
+        return None
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{spread}"
 
@@ -113,12 +116,24 @@ def _verdicts(results: Results) -> str:
 # --- tables of scores ---
 
 
-def _rows(results: Results, columns: dict[str, Callable[[dict], float]]) -> list[dict]:
+def _rows(results: Results, columns: Columns, title: str = "model") -> list[dict]:
     found = {name: results.by_model(value) for name, value in columns.items()}
     return [
-        {"model": model} | {name: _with_spread(values[model]) for name, values in found.items()}
+        {title: model} | {name: _with_spread(values[model]) for name, values in found.items()}
         for model in results.models
     ]
+
+
+def _pair_rows(results: Results, columns: Columns) -> list[dict]:
+    """Return a row for each pair of compared models with its differences."""
+    found, rows = {name: results.by_model(value) for name, value in columns.items()}, []
+    for first, second in _PAIRS:
+        if {first, second} <= {*results.models}:
+            rows.append({"": f"{first} − {second}"})
+            for name, values in found.items():
+                both = values[first], values[second]
+                rows[-1][name] = None if None in itertools.chain(*both) else str(paired(*both))
+    return rows
 
 
 def _with_twins(results: Results, measures: Sequence[str], cited: str | None = None) -> list[dict]:
@@ -204,19 +219,9 @@ def _others(results: Results) -> str:
     )
 
 
-def _pairs(results: Results) -> list[tuple[str, str]]:
-    return [pair for pair in _PAIRS if {*pair} <= {*results.models}]
-
-
 def _differences(results: Results) -> str:
-    columns = list(COARSE)
-    columns += ["box AP50", "mask AP"] if results.have("masks") else []
-    scores = {name: results.by_model(at_checkpoint(name)) for name in columns}
-    rows = [
-        {"": f"{first} − {second}"}
-        | {name: str(paired(scores[name][first], scores[name][second])) for name in columns}
-        for first, second in _pairs(results)
-    ]
+    names = [*COARSE, *(("box AP50", "mask AP") if results.have("masks") else ())]
+    rows = _pair_rows(results, {name: at_checkpoint(name) for name in names})
     seeds = ", ".join(map(str, results.seeds))
     return (
         f"Paired over seeds ({seeds}): mean, 95 % interval by Student's t, p of the paired t-test. p is not "
@@ -241,17 +246,9 @@ def _at_equal_accuracy(results: Results) -> str:
         ("paper", "At the paper's layer"),
         ("chosen", "At the layer that is best on other photographs"),
     ):
-        compared = [*((model, None) for model in results.models), *_pairs(results)]
-        rows = [{"": first if second is None else f"{first} − {second}"} for first, second in compared]
-        for measure in (name for name, (reading, _) in COARSE.items() if reading != "topk"):
-            scores = results.by_model(at_accuracy(measure, accuracy, layer))
-            for row, (first, second) in zip(rows, compared, strict=True):
-                if None in scores[first] or (second and None in scores[second]):
-                    row[measure] = None
-                elif second:
-                    row[measure] = str(paired(scores[first], scores[second]))
-                else:
-                    row[measure] = _with_spread(scores[first])
+        names = [name for name, (reading, _) in COARSE.items() if reading != "topk"]
+        columns = {name: at_accuracy(name, accuracy, layer) for name in names}
+        rows = _rows(results, columns, "") + _pair_rows(results, columns)
         parts.append(f"{where}:\n\n{markdown_table(rows).strip()}")
     text = (
         f"Each model when it first classified {accuracy:.1f} % of its held-out photographs correctly. "
