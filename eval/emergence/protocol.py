@@ -161,13 +161,6 @@ SIZES = {
 }
 
 
-def settings_table() -> list[dict]:
-    """Return the table of the protocol's page, with a row per setting and a column per size."""
-    words = {size: protocol.in_words() for size, protocol in SIZES.items()}
-    names = next(iter(words.values()))
-    return [{"setting": f"`{name}`", **{size: settings[name] for size, settings in words.items()}} for name in names]
-
-
 def _in_words(value: object) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
