@@ -88,9 +88,9 @@ def test_no_split_is_augmented_and_broken_files_are_named(folder):
     where = {"dataset": "folder", "data_dir": str(folder), "val_split": "val", "image_size": 32}
     config = TrainConfig(**where, crop="random", hflip=0.5)
     data = plain_splits(config)
-    image, label = data.train[0, 7]
-    assert torch.equal(image, data.train[5, 7][0])
-    assert label == 1
+    (first, second), labels, *_ = data.train.batch([(0, 7), (5, 7)])
+    assert torch.equal(first, second)
+    assert labels.tolist() == [1, 1]
     (folder / "train" / "green" / "1.png").write_bytes(b"broken")
     assert "green/1.png" in LabelledImages(plain_splits(config).train, "training")[7].problem
 

@@ -108,8 +108,8 @@ def test_batches_are_in_pinned_memory(folder):
 
 def test_every_crop_has_the_requested_size(folder):
     for crop in ("none", "pad", "random", "center"):
-        image, label = build_splits(config_of(folder, crop=crop)).train[0, 0]
-        assert (image.shape, image.dtype, label) == ((3, 16, 16), torch.uint8, 0)
+        images, labels, *_ = build_splits(config_of(folder, crop=crop)).train.batch([(0, 0)])
+        assert (images.shape, images.dtype, labels.item()) == ((1, 3, 16, 16), torch.uint8, 0)
 
 
 def test_torchvision_sets_are_opened_by_split_and_downloaded_on_request(monkeypatch):
@@ -133,8 +133,8 @@ def test_torchvision_sets_are_opened_by_split_and_downloaded_on_request(monkeypa
             opened.clear()
             data = build_splits(config_of("root", name, download=download))
             assert opened == [("root", {argument: split, "download": download}) for split in splits]
-            image, label = data.val[0, 3]
-            assert (image.shape, label, data.classes) == ((3, 16, 16), 1, ("a", "b"))
+            images, labels, *_ = data.val.batch([(0, 3)])
+            assert (images.shape, labels.item(), data.classes) == ((1, 3, 16, 16), 1, ("a", "b"))
 
 
 def test_missing_data_is_an_error(folder, tmp_path):

@@ -84,7 +84,7 @@ def test_every_source_has_the_same_images_and_names_corrupt_ones(damaged):
     for i in range(12):
         if i in CORRUPT:
             with pytest.raises(Unreadable, match=rf"({i:02d}\.jpg|image {i} ).*: \w+Error: "):
-                data.val[0, i]
+                data.val.images[i]
             continue
         picture, label = data.val.images[i]
         assert (picture.mode, label) == ("RGB", i // 6)
@@ -96,7 +96,8 @@ def test_evaluation_skips_corrupt_images_and_reads_the_others_once(damaged):
     batches = [batch for rank in range(5) for batch in eval_loader(damaged, data.val, rank=rank, world_size=5)]
     assert all(len(batch.images) == len(batch.labels) for batch in batches)
     seen = [image.numpy().tobytes() for batch in batches for image in batch.images]
-    assert sorted(seen) == sorted(data.val[0, i][0].numpy().tobytes() for i in range(12) if i not in CORRUPT)
+    whole = data.val.batch([(0, i) for i in range(12)])
+    assert sorted(seen) == sorted(image.numpy().tobytes() for image in whole.images)
     assert len({line for batch in batches for line in batch.problems}) == 3
 
 
@@ -121,7 +122,8 @@ def test_replacements_of_corrupt_images_do_not_depend_on_processes_and_workers(d
 
 def test_replacements_differ_and_have_their_own_labels(tmp_path):
     data = build_splits(dataclasses.replace(_write(tmp_path, "folder"), crop="none", hflip=0.0))
-    plain = {data.train[0, i][0].numpy().tobytes(): data.train[0, i][1] for i in range(12) if i not in CORRUPT}
+    whole = data.train.batch([(0, i) for i in range(12)])
+    plain = {image.numpy().tobytes(): label for image, label in zip(whole.images, whole.labels.tolist(), strict=True)}
     batch = data.train.batch([(epoch, 1, copy) for epoch in range(6) for copy in range(2)])
     labels = [plain[image.numpy().tobytes()] for image in batch.images]
     assert labels == batch.labels.tolist()

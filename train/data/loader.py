@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 
 
 class _Split(Dataset):
-    """Samples of a source by key, which seeds the transform; a `DataLoader` gets a batch for a list of keys."""
+    """Batches of a source's samples by key, which seeds the transform."""
 
     def __init__(self, images: Dataset, config: TrainConfig, transform: Transform | None = None, hflip: float = 0.0):
         self.images, self.seed, self.size = images, config.seed, config.image_size
@@ -59,10 +59,6 @@ class _Split(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        picture, label = self._sample(key)
-        return torch.from_numpy(pixels(picture).copy()), label
 
     def _sample(self, key: Key, attempt: int = 0) -> tuple[Image.Image, int]:
         """Load a sample; from attempt 1 on, load another image, chosen by key and attempt."""
@@ -107,9 +103,6 @@ class _Split(Dataset):
 class _SceneSplit(_Split):
     """Scenes of `ShapeScenes`, the same in every epoch, drawn a batch at a time."""
 
-    def __getitem__(self, key: Key) -> tuple:
-        return self.images[key[1]]
-
     def batch(self, keys: Sequence[Key]) -> Batch:
         images, labels = zip(*self.images.__getitems__([key[1] for key in keys]), strict=True)
         images = [image.flip(-1) if self.flipped(key) else image for image, key in zip(images, keys, strict=True)]
@@ -118,11 +111,7 @@ class _SceneSplit(_Split):
 
 @dataclass(frozen=True)
 class DataSplits:
-    """Training and validation split of a data set.
-
-    A sample is (uint8 image, label) by its key (epoch, index) or (epoch, index, copy); only batches are flipped. A
-    corrupt sample raises `Unreadable`.
-    """
+    """Training and validation split of a data set; `batch` loads samples by key."""
 
     train: Dataset
     val: Dataset
