@@ -6,6 +6,7 @@ Grids show eight or four free photographs.
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,21 +45,17 @@ def load_pictures(report: Path, protocol: Protocol) -> dict[str, Arrays]:
 
 def draw(results: Results, pictures: dict[str, Arrays], folder: Path) -> dict[str, Path]:
     """Draw every figure that has results as a PNG file; return name → path, in the order of `CAPTIONS`."""
-    grids = _grids(results, pictures)
-    charts = _charts(results)
-    paths = {name: folder / f"{name}.png" for name in CAPTIONS if name in grids or name in charts}
+    figures = _grids(results, pictures) | _charts(results)
+    paths = {name: folder / f"{name}.png" for name in CAPTIONS if name in figures}
     for name, path in paths.items():
-        if name in grids:
-            image_grid(paths=[path], **grids[name])
-        else:
-            curve_figure(paths=[path], labels=results.protocol.models, **charts[name])
+        figures[name](paths=[path])
     return paths
 
 
-# --- grids of pictures, as arguments of `image_grid` ---
+# --- grids of pictures ---
 
 
-def _grids(results: Results, pictures: dict[str, Arrays]) -> dict[str, dict]:
+def _grids(results: Results, pictures: dict[str, Arrays]) -> dict[str, partial]:
     protocol = results.protocol
     runs = {model: results.run(model, protocol.seeds[0]) for model in pictures}
     last = {model: run["checkpoints"][-1] for model, run in runs.items() if run}
@@ -94,16 +91,16 @@ def _names(shown: Arrays) -> list[str]:
     return [wrap_credit(str(name)) for name in shown["names"]]
 
 
-def _maps(shown: Arrays, maps: dict[str, np.ndarray]) -> dict:
+def _maps(shown: Arrays, maps: dict[str, np.ndarray]) -> partial:
     """Lay out maps (title → [8, P]) below the images; one column per image."""
     rows = {"image": [Picture(image) for image in shown["images"]]}
     for title, found in maps.items():
         side = math.isqrt(found.shape[-1])
         rows[title] = [Picture(square) for square in found.astype(np.float32).reshape(-1, side, side)]
-    return {"rows": list(rows.values()), "row_titles": list(rows), "column_titles": _names(shown)}
+    return partial(image_grid, list(rows.values()), row_titles=list(rows), column_titles=_names(shown))
 
 
-def _colours(shown: Arrays, columns: Iterable[tuple[str, np.ndarray]]) -> dict:
+def _colours(shown: Arrays, columns: Iterable[tuple[str, np.ndarray]]) -> partial:
     """Lay out columns (title, colours [8, P, 3]) next to the first four images; one row per image."""
     titles, found = zip(*columns, strict=True)
     side = math.isqrt(found[0].shape[1])
@@ -111,13 +108,13 @@ def _colours(shown: Arrays, columns: Iterable[tuple[str, np.ndarray]]) -> dict:
         [Picture(image), *(Picture(colours[number].reshape(side, side, 3)) for colours in found)]
         for number, image in enumerate(shown["images"][:4])
     ]
-    return {"rows": rows, "row_titles": _names(shown)[:4], "column_titles": ["image", *titles]}
+    return partial(image_grid, rows, row_titles=_names(shown)[:4], column_titles=["image", *titles])
 
 
-# --- charts of means over seeds with bands of one standard deviation, as arguments of `curve_figure` ---
+# --- charts of means over seeds with bands of one standard deviation ---
 
 
-def _charts(results: Results) -> dict[str, dict]:
+def _charts(results: Results) -> dict[str, partial]:
     protocol, layers = results.protocol, range(results.protocol.depth)
     attention = [name for name, (reading, _) in COARSE.items() if reading != "topk"]
     shown = attention + ["box AP", "mask AP"] * results.have("masks")
@@ -132,12 +129,13 @@ def _charts(results: Results) -> dict[str, dict]:
     by_layer = _panels(results, shown, lambda _: (layers, [(-1, layer) for layer in layers]))
     by_epoch = _panels(results, ["accuracy", *shown], lambda _: (images, [(index,) for index in range(len(images))]))
     by_accuracy = _panels(results, attention, over_accuracy)
-    style = {"from_zero": True, "columns": 2}
+    chart = partial(curve_figure, labels=protocol.models)
+    scores = partial(chart, from_zero=True, columns=2)
     return {
-        "figure6_by_layer": {"panels": by_layer, "xlabel": "layer", **style},
-        "figure10_by_epoch": {"panels": by_epoch, "xlabel": "training images, thousands", **style},
-        "by_accuracy": {"panels": by_accuracy, "xlabel": "accuracy on held-out photographs, %", **style},
-        "white_box": {"panels": _white_box(results), "xlabel": "layer"},
+        "figure6_by_layer": partial(scores, by_layer, "layer"),
+        "figure10_by_epoch": partial(scores, by_epoch, "training images, thousands"),
+        "by_accuracy": partial(scores, by_accuracy, "accuracy on held-out photographs, %"),
+        "white_box": partial(chart, _white_box(results), "layer"),
     }
 
 
