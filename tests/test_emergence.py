@@ -342,9 +342,9 @@ def test_photographs_are_prepared_once_and_chosen_by_the_area_of_their_boxes(pho
     assert (len(data.classified), data.with_masks) == (6, None)
     with pytest.raises(UserError, match="other photographs"):
         prepare_photographs(photographs, None, f"coco:{photographs / 'coco'}", tmp_path / "data")
-    nested = [f"{split}/cat/{folder}/0.png" for split in ("train", "val") for folder in "abc"]
-    write_tree(tmp_path / "nested", dict.fromkeys(nested, b""))  # equal names in three folders of a class
-    prepare_photographs(tmp_path / "nested", photographs / "val_boxes.json", None, tmp_path / "prepared")
+    for split in ("train", "val"):  # archives of the split's folder, with equal names in three folders of a class
+        write_tar(tmp_path / f"{split}.tar", [(f"{split}/cat/{folder}/0.png", b"") for folder in "abc"])
+    assert prepare_photographs(tmp_path, photographs / "val_boxes.json", None, tmp_path / "prepared") == 3
     assert len(list((tmp_path / "prepared").glob("[st]e*/cat/?/0.png"))) == 3
 
 

@@ -10,6 +10,7 @@ They are prepared once in OUTPUT/data for all runs:
 
 import json
 import os
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -125,7 +126,10 @@ def prepare_photographs(source: Path, boxes: Path | None, masks: str | None, fol
 
 
 def _unpacked(source: Path, split: str, folder: Path) -> Path:
-    """Return FOLDER/<split>, a link to SOURCE/<split> or the unpacked SOURCE/<split>.tar."""
+    """Return FOLDER/<split>, a link to SOURCE/<split> or the unpacked SOURCE/<split>.tar.
+
+    The archive holds the class folders, or the folder <split> that holds them.
+    """
     goal, partial, archive = folder / split, folder / f".{split}", source / f"{split}.tar"
     if goal.exists():
         return goal
@@ -137,7 +141,9 @@ def _unpacked(source: Path, split: str, folder: Path) -> Path:
                 file.extractall(partial)
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"{archive} cannot be unpacked to {folder} ({error})") from error
-        partial.rename(goal)
+        inner = partial / split
+        (inner if [*partial.iterdir()] == [inner] else partial).rename(goal)
+        shutil.rmtree(partial, ignore_errors=True)
     else:
         raise UserError(f"{source} holds neither {split}/ nor {split}.tar: give a folder with train and val")
     return goal
