@@ -14,7 +14,7 @@ product: 2·M·C² + 2·C³ forward, 4·M·C² + 2·C³ backward.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 from harness import Run, run_shapes
@@ -25,10 +25,10 @@ from measuring import Cost, Peer, Problem, measure_peers
 from torch import Tensor
 
 from crate_fast.functional import ista
-from crate_fast.reference import ista_reference
+from crate_fast.probes import PROBLEMS
+from crate_fast.reference import ista_reference, norm_ista_reference
 
-STEP_SIZE, SPARSITY = 0.1, 0.1
-SHIFT = STEP_SIZE * SPARSITY
+STEP_SIZE, SHIFT = 0.1, 0.1 * 0.1  # the operators' defaults: η, ηλ
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,6 @@ def _with_norm(function: Callable, operator: str) -> Callable:
     return normed
 
 
-def _released(x: Tensor, dictionary: Tensor) -> Tensor:
-    return ista_reference(x, dictionary, STEP_SIZE, SPARSITY)
-
-
 def _fold(dictionary: Tensor) -> Tensor:
     return STEP_SIZE * (dictionary - dictionary.t() @ dictionary)
 
@@ -87,16 +83,15 @@ def _compiled(function: Callable) -> Callable:
 
 
 def _ours(operator: str, backend: str) -> Callable:
-    options = {"step_size": STEP_SIZE, "sparsity": SPARSITY, "backend": backend}
     if operator == "ista":
-        return partial(ista, **options)
-    return lambda x, weight, bias, dictionary: ista(x, dictionary, norm=(weight, bias, 1e-5), **options)
+        return partial(ista, backend=backend)
+    return lambda x, weight, bias, dictionary: ista(x, dictionary, norm=(weight, bias, 1e-5), backend=backend)
 
 
 def peers(operator: str, backend: str = "triton") -> list[Peer]:
     """Return ours and the forms with three products and with one, eager and compiled. Each folds G itself."""
-    forms = _one_product, _one_product_added, _released
-    one, added, released = (_with_norm(function, operator) for function in forms)
+    one, added = (_with_norm(function, operator) for function in (_one_product, _one_product_added))
+    released = ista_reference if operator == "ista" else norm_ista_reference
     return [
         Peer("ours", partial(_ours, operator, backend)),
         Peer("three products, compiled", partial(_compiled, released), compiles=True),
@@ -110,39 +105,14 @@ def peers(operator: str, backend: str = "triton") -> list[Peer]:
 
 
 def make_problem(name: str, shape: Shape, operator: str, run: Run) -> Problem:
-    """Draw tokens like a LayerNorm's output (norm_ista: its input), and a dictionary with columns of norm about 1.
-
-    The output's gradient is zero where the float64 argument of the ReLU is within a few roundings of zero: there the
-    result depends on rounding in every implementation.
-    """
+    """Draw the problem of the probes: the gradient is 0 where rounding decides whether the output is zero."""
     generator = torch.Generator(run.device).manual_seed(0)
-
-    def random(*sizes: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
-        numbers = torch.randn(sizes, generator=generator, device=run.device) * std + mean
-        return numbers.to(run.dtype).requires_grad_()
-
-    dictionary = random(shape.width, shape.width, std=shape.width**-0.5)
-    if operator == "ista":
-        inputs = (random(shape.rows, shape.width), dictionary)
-    else:
-        channels = random(shape.width, std=0.1, mean=1.0), random(shape.width, std=0.1)
-        inputs = (random(shape.rows, shape.width, std=2.0, mean=0.5), *channels, dictionary)
-    tokens = inputs[0].detach()
-    if operator == "norm_ista":
-        tokens = F.layer_norm(tokens, (shape.width,), *(tensor.detach() for tensor in channels))
-    argument = ista_reference(tokens.double(), dictionary.detach().double(), STEP_SIZE, 0.0, threshold="soft") - SHIFT
-    grad = random(shape.rows, shape.width).detach() * (argument.abs() > 4 * torch.finfo(run.dtype).eps)
-    fields = {
-        "operator": operator,
-        "rows": shape.rows,
-        "width": shape.width,
-        "dtype": str(run.dtype).removeprefix("torch."),
-    }
-    names, reference = "y dx dD" if operator == "ista" else "y dx dγ dβ dD", _with_norm(_released, operator)
-    return Problem(f"{name} {operator}", fields, inputs, grad, _cost(shape, inputs), reference, names)
+    drawn = PROBLEMS[operator]((shape.rows, shape.width), run.dtype, None, run.device, generator)
+    fields = {"operator": operator, **asdict(shape), "dtype": str(run.dtype).removeprefix("torch.")}
+    return Problem(f"{name} {operator}", fields, drawn, _cost(shape, drawn.inputs))
 
 
-def _cost(shape: Shape, inputs: tuple[Tensor, ...]) -> dict[str, Cost]:
+def _cost(shape: Shape, inputs: list[Tensor]) -> dict[str, Cost]:
     """Count FLOPs and bytes: forward reads x and D, writes y; backward reads x, y, dy and D, writes dx and dD."""
     x, dictionary = inputs[0], inputs[-1]
     product, fold = 2.0 * shape.rows * shape.width**2, 2.0 * shape.width**3

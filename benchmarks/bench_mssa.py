@@ -15,7 +15,7 @@ Nominal FLOPs of every peer: 4·N²·D·H·B forward, 10·N²·D·H·B backward.
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 from harness import Run, run_shapes
@@ -26,8 +26,8 @@ from measuring import Cost, Peer, Problem, measure_peers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from crate_fast.accuracy import token_scale
 from crate_fast.functional import subspace_attention
+from crate_fast.probes import PROBLEMS
 from crate_fast.reference import subspace_attention_reference
 
 
@@ -103,18 +103,9 @@ def make_problem(name: str, shape: Shape, run: Run) -> Problem:
     """Draw W [B, N, H, D] at the scale where attention is neither uniform nor the identity."""
     sizes = (shape.batch, shape.n_tokens, shape.heads, shape.head_dim)
     generator = torch.Generator(run.device).manual_seed(0)
-    w = torch.randn(sizes, generator=generator, device=run.device) * token_scale(shape.n_tokens, shape.head_dim)
-    w = w.to(run.dtype).requires_grad_()
-    grad = torch.randn(sizes, generator=generator, device=run.device).to(run.dtype)
-    fields = {
-        "batch": shape.batch,
-        "heads": shape.heads,
-        "n_tokens": shape.n_tokens,
-        "head_dim": shape.head_dim,
-        "dtype": str(run.dtype).removeprefix("torch."),
-    }
-    checked = partial(_checked, shape)
-    return Problem(name, fields, (w,), grad, _cost(shape, w), subspace_attention_reference, "O dW", checked)
+    drawn = PROBLEMS["attention"](sizes, run.dtype, None, run.device, generator)
+    fields = asdict(shape) | {"dtype": str(run.dtype).removeprefix("torch.")}
+    return Problem(name, fields, drawn, _cost(shape, drawn.inputs[0]), partial(_checked, shape))
 
 
 def _cost(shape: Shape, w: Tensor) -> dict[str, Cost]:

@@ -242,23 +242,21 @@ class Worker:
 
     def mssa(self, item: dict) -> None:
         """Measure subspace attention and its peers."""
-        import bench_mssa
+        import bench_mssa as bench
 
-        shapes = bench_mssa.SMOKE if REHEARSED else bench_mssa.SHAPES
-        problem = bench_mssa.make_problem(item["shape"], shapes[item["shape"]], self.run)
-        self._operator(item, problem, bench_mssa.PEERS)
+        self._operator(item, bench, bench.PEERS)
 
     def ista(self, item: dict) -> None:
         """Measure the ISTA step, alone or after a LayerNorm, and its peers."""
-        import bench_ista
+        import bench_ista as bench
 
-        shape = (bench_ista.SMOKE if REHEARSED else bench_ista.SHAPES)[item["shape"]]
-        problem = bench_ista.make_problem(item["shape"], shape, item["operator"], self.run)
-        self._operator(item, problem, bench_ista.peers(item["operator"]))
+        self._operator(item, bench, bench.peers(item["operator"]), item["operator"])
 
-    def _operator(self, item: dict, problem, peers: list) -> None:
+    def _operator(self, item: dict, bench, peers: list, *operator: str) -> None:
         from measuring import measure_peers
 
+        shape = (bench.SMOKE if REHEARSED else bench.SHAPES)[item["shape"]]
+        problem = bench.make_problem(item["shape"], shape, *operator, self.run)
         peers = [peer for peer in peers if peer.name in item["peers"]]
         if self.mode == "time":
             self.rows.measured(item["name"], item["kind"], measure_peers(problem, peers, self.run))

@@ -18,7 +18,8 @@ from harness import Run, Step, Timing, in_turn
 import torch
 from torch import Tensor
 
-from crate_fast.accuracy import judge
+from crate_fast import probes
+from crate_fast.accuracy import gradients, judge
 
 PEER_TOLERANCE = 0.05  # limit of the relative norm of a peer's difference from float64
 
@@ -68,28 +69,25 @@ class Problem:
 
     label: str
     fields: dict[str, object]  # sizes and dtype, for its rows
-    inputs: tuple[Tensor, ...]  # leaves of the graph, in the peers' order
-    grad: Tensor  # of the output
+    drawn: probes.Problem  # inputs, in the peers' order; the output's gradient; the reference
     cost: dict[str, Cost]  # of "forward" and "backward"
-    reference: Callable[..., Tensor]  # eager PyTorch, for `check`
-    names: str  # of the output and the gradients, separated by spaces
     part: Callable[[Tensor], Tensor] = lambda tensor: tensor  # selects the checked part of a tensor [B, …]
 
     timed: ClassVar[tuple[str, ...]] = ("forward", "backward", "forward + backward")
 
     def results(self, function: Callable[..., Tensor]) -> list[Tensor]:
         """Return the output and the gradient of every input."""
-        out = function(*self.inputs)
-        return [out.detach(), *torch.autograd.grad(out, self.inputs, self.grad)]
+        return gradients(function, self.drawn.inputs, self.drawn.grad)
 
     def passes(self, function: Callable[..., Tensor]) -> dict[str, Step]:
         """Return the steps to time."""
+        inputs = [tensor.detach().requires_grad_() for tensor in self.drawn.inputs]
 
         def forward() -> Tensor:
-            return function(*self.inputs)
+            return function(*inputs)
 
         def backward(out: Tensor) -> object:
-            return torch.autograd.grad(out, self.inputs, self.grad)
+            return torch.autograd.grad(out, inputs, self.drawn.grad)
 
         steps = Step(lambda _: forward()), Step(backward, forward), Step(lambda _: backward(forward()))
         return dict(zip(self.timed, steps, strict=True))
@@ -97,11 +95,9 @@ class Problem:
     @cached_property
     def expected(self) -> tuple[list[Tensor], list[Tensor]]:
         """The reference's results on the checked part, in the problem's dtype and in float64."""
-        inputs = tuple(self.part(tensor.detach()).requires_grad_() for tensor in self.inputs)
-        grad = self.part(self.grad)
-        eager = replace(self, inputs=inputs, grad=grad).results(self.reference)
-        exact = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
-        return eager, replace(self, inputs=exact, grad=grad.double()).results(self.reference)
+        inputs = [self.part(tensor) for tensor in self.drawn.inputs]
+        checked = replace(self.drawn, inputs=inputs, grad=self.part(self.drawn.grad))
+        return checked.results(checked.reference), checked.truth()
 
     def gate(self, run: Run) -> None:
         """Prepare `check`. An error here counts as an error of the first peer."""
@@ -113,7 +109,7 @@ class Problem:
             WrongResult: Ours breaks the tests' rule or has other bits in a second run; a peer is far from float64.
         """
         eager, truth = self.expected
-        names, parts = self.names.split(), [self.part(tensor.detach()) for tensor in found]
+        names, parts = self.drawn.names.split(), [self.part(tensor) for tensor in found]
         differences = [relative_difference(part.double(), true) for part, true in zip(parts, truth, strict=True)]
         if not peer.ours:
             for name, difference in zip(names, differences, strict=True):

@@ -78,7 +78,7 @@ class Probe:
     kernel: str  # kernel family
     precision: str  # one of PRECISIONS
     sizes: tuple[int, ...]  # [B, N, H, D] of attention, [B, N, C] of the others
-    build: Callable[..., Problem]  # (sizes, dtype, autocast, device, generator) → the problem
+    build: Callable[..., Problem]  # one of PROBLEMS
     environment: dict[str, str] = field(default_factory=dict)  # variables while it runs
     interpreted: str | None = None  # precision in the interpreter, if not the usual one
 
@@ -156,13 +156,24 @@ def _compress(sizes, dtype, autocast, device, generator, residual: str = "releas
 
 
 def _normal(shape, generator, device, dtype, spread: float = 1.0, mean: float = 0.0) -> Tensor:
-    values = torch.randn(shape, generator=generator) * spread + mean
+    values = torch.randn(shape, generator=generator, device=generator.device) * spread + mean
     return values.to(device).to(dtype)
 
 
-def _probe(kernel: str, precision: str, sizes: tuple[int, ...], build, suffix: str = "", **options) -> Probe:
+PROBLEMS: dict[
+    str, Callable[..., Problem]
+] = {  # kernel family: (sizes, dtype, autocast, device, generator) → problem
+    "attention": _attention,
+    "ista": _ista,
+    "norm_ista": _norm_ista,
+    "odl": _odl,
+    "compress": _compress,
+}
+
+
+def _probe(kernel: str, precision: str, sizes: tuple[int, ...], suffix: str = "", drawn=None, **options) -> Probe:
     name = "-".join([kernel, precision, "x".join(map(str, sizes))]) + suffix
-    return Probe(name, kernel, precision, sizes, build, **options)
+    return Probe(name, kernel, precision, sizes, partial(PROBLEMS[kernel], **(drawn or {})), **options)
 
 
 def _all_probes() -> Iterator[Probe]:
@@ -184,26 +195,24 @@ def _all_probes() -> Iterator[Probe]:
         ("tf32", (2, 785, 6, 64)),
         ("tf32", (2, 197, 2, 128)),
     ):
-        yield _probe("attention", precision, sizes, _attention)
+        yield _probe("attention", precision, sizes)
     for factor in (0.3, 1.5, 3.0):
-        build = partial(_attention, factor=factor)
-        yield _probe("attention", "bfloat16", (2, 197, 6, 64), build, f"-factor{factor:g}")
+        yield _probe("attention", "bfloat16", (2, 197, 6, 64), f"-factor{factor:g}", {"factor": factor})
     for n_tokens in (197, 785):
         for spread in (30.0, 1e4):
-            build = partial(_attention, spread=spread)
             wide = {"interpreted": "tf32"} if spread == 1e4 else {}  # exceeds float16's range
-            yield _probe("attention", "bfloat16", (2, n_tokens, 3, 64), build, f"-spread{spread:g}", **wide)
+            sizes = (2, n_tokens, 3, 64)
+            yield _probe("attention", "bfloat16", sizes, f"-spread{spread:g}", {"spread": spread}, **wide)
     for width, images in ((384, 64), (768, 32)):  # enough rows for a second tile per persistent program
         sizes = (images, 197, width)
         for precision in PRECISIONS:
-            yield _probe("ista", precision, sizes, _ista)
-            yield _probe("norm_ista", precision, sizes, _norm_ista)
-            yield _probe("odl", precision, sizes, _odl)
-            yield _probe("compress", precision, sizes, _compress, "-torch-map", environment={FUSED_PRODUCTS: "0"})
-            yield _probe("compress", precision, sizes, _compress, "-fused-map", environment={FUSED_PRODUCTS: "1"})
-    yield _probe("ista", "bfloat16", (64, 197, 384), partial(_ista, threshold="soft"), "-soft")
+            for kernel in ("ista", "norm_ista", "odl"):
+                yield _probe(kernel, precision, sizes)
+            for name, fused in (("torch", "0"), ("fused", "1")):
+                yield _probe("compress", precision, sizes, f"-{name}-map", environment={FUSED_PRODUCTS: fused})
+    yield _probe("ista", "bfloat16", (64, 197, 384), "-soft", {"threshold": "soft"})
     for precision in ("bfloat16", "autocast"):
-        yield _probe("compress", precision, (64, 197, 384), partial(_compress, residual="paper"), "-paper")
+        yield _probe("compress", precision, (64, 197, 384), "-paper", {"residual": "paper"})
 
 
 PROBES = {probe.name: probe for probe in _all_probes()}

@@ -212,9 +212,9 @@ def test_the_gate_compares_ours_with_the_float64_reference_and_with_a_second_run
     problem = bench_mssa.make_problem("truth", bench_mssa.Shape(2, 3, 33, 32), run)
     calls = itertools.count()
     assert "other bits" in _reason(problem, lambda w: _attend(w) + 1e-9 * next(calls), run)
-    w = problem.inputs[0].detach().double().requires_grad_()
+    w = problem.drawn.inputs[0].detach().double().requires_grad_()
     expected = subspace_attention_reference(w)
-    (dw,) = torch.autograd.grad(expected, w, problem.grad.double())
+    (dw,) = torch.autograd.grad(expected, w, problem.drawn.grad.double())
     torch.testing.assert_close(problem.expected[1], [expected.detach(), dw])
     monkeypatch.setattr(bench_mssa, "CHECKED_LOGITS", 0)  # as for long sequences: first and last head
     problem = bench_mssa.make_problem("long", bench_mssa.Shape(3, 3, 33, 32), run)

@@ -9,21 +9,18 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from oracle import agrees, all_within_twice_eager, gradients, model_gradients, mutant, norm_ista, tokens_and_gradient
+from oracle import agrees, all_within_twice_eager, gradients, model_gradients, mutant, tokens_and_gradient
 from released import ReleasedCRATE
 
-from crate_fast import CRATE, functional
-from crate_fast.accuracy import clear_of_threshold
+from crate_fast import CRATE
+from crate_fast.functional import subspace_attention
 from crate_fast.kernels import whole_head
 from crate_fast.kernels.launch import Tile
-from crate_fast.reference import compress_reference, ista_reference, norm_ista_reference, subspace_attention_reference
+from crate_fast.probes import PROBLEMS
+from crate_fast.reference import subspace_attention_reference
 
 ON_GPU, BF16 = torch.cuda.is_available(), torch.bfloat16
 pytestmark = [pytest.mark.usefixtures("bfloat16", "poisoned"), *([pytest.mark.gpu] if ON_GPU else [])]
-compress, ista, subspace_attention = (
-    partial(getattr(functional, name), backend="triton") for name in ("compress", "ista", "subspace_attention")
-)
 
 
 def _size(on_gpu: int, on_cpu: int) -> int:
@@ -50,7 +47,8 @@ def test_subspace_attention_is_within_twice_eagers_error(shape, drawn, device):
     batch, n_tokens, heads, dim = shape
     shape = _size(batch, 1), n_tokens, _size(heads, 2 if n_tokens < 100 else 1), dim
     w, grad = tokens_and_gradient(shape, BF16, device, **drawn)
-    assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW", grad)
+    ours = partial(subspace_attention, backend="triton")
+    assert agrees(ours, subspace_attention_reference, [w], "O dW", grad)
 
 
 # Correct in exact arithmetic but wrong in bf16 for saturated heads: (code in whole_head.py, its replacement).
@@ -86,35 +84,26 @@ def test_a_kernel_with_a_wrong_rounding_fails_in_bf16_and_passes_in_fp32(name, d
     assert is_right(w.float(), grad.float())
 
 
-def _normal(shapes, spreads, offsets, device) -> list[torch.Tensor]:
-    rows = zip(shapes, spreads, offsets, strict=True)
-    return [(torch.randn(shape, device=device) * spread + offset).to(BF16) for shape, spread, offset in rows]
+def _is_right(kernel: str, sizes: tuple[int, ...], device, **options) -> bool:
+    """Draw the problem of a probe; judge the output and the gradients of ours."""
+    problem = PROBLEMS[kernel](sizes, BF16, None, device, torch.default_generator, **options)
+    actual, eager = (problem.results(function) for function in (problem.ours, problem.reference))
+    return all_within_twice_eager(actual, eager, problem.truth(), problem.names)
 
 
 @pytest.mark.parametrize(  # at 384 the tile 128×256 becomes 256×128
-    ("width", "threshold", "norm"),
-    [(192, "relu", False), (384, "relu", False), (192, "soft", False), (192, "relu", True)],
+    ("kernel", "width", "options"),
+    [("ista", 192, {}), ("ista", 384, {}), ("ista", 192, {"threshold": "soft"}), ("norm_ista", 192, {})],
 )
-def test_ista_is_within_twice_eagers_error(width, threshold, norm, device):
-    shapes = (_size(4, 1), 197, width), (width,), (width,), (width, width)
-    inputs = _normal(shapes, (1 + norm, 0.3, 0.3, width**-0.5), (norm, 1, 0, 0), device)
-    x, weight, bias, dictionary = inputs
-    tokens = F.layer_norm(x, x.shape[-1:], weight, bias) if norm else x
-    functions = (partial(norm_ista, backend="triton"), norm_ista_reference) if norm else (ista, ista_reference)
-    ours, reference = (partial(function, threshold=threshold) for function in functions)
-    names = "y dx dγ dβ dD" if norm else "y dx dD"
-    grad = clear_of_threshold(torch.randn_like(x), tokens, dictionary)
-    assert agrees(ours, reference, inputs if norm else inputs[::3], names, grad)
+def test_ista_is_within_twice_eagers_error(kernel, width, options, device):
+    assert _is_right(kernel, (_size(4, 1), 197, width), device, **options)
 
 
 @pytest.mark.parametrize("fused_map", ["0", "1"], ids=["PyTorch's output map", "fused output map"])
 def test_the_first_half_of_a_layer_is_within_twice_eagers_error(fused_map, device, monkeypatch):
     """Attention by whole heads. On a GPU, 64 images give the persistent programs a second and third wave."""
     monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", fused_map)
-    shapes = (_size(64, 1), _size(197, 65), 192), (192,), (192,), (192, 192), (192, 192), (192,)
-    spreads, offsets = (2.0, 0.3, 0.3, 0.8 / 192**0.5, 192**-0.5, 0.3), (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
-    ours, reference = (partial(function, heads=3) for function in (compress, compress_reference))
-    assert agrees(ours, reference, _normal(shapes, spreads, offsets, device), "h dx dγ dβ dU dV db")
+    assert _is_right("compress", (_size(64, 1), _size(197, 65), 192), device)
 
 
 def test_a_layer_under_autocast_is_within_twice_eagers_error(device):
