@@ -254,19 +254,3 @@ def layer_measures(
 
     visit_layers(model, images, measure)
     return {name: torch.stack(rows, dim=1) for name, rows in values.items()}
-
-
-def layer_statistics(model: nn.Module, images: Tensor, epsilon: float = 0.01) -> dict[str, Tensor]:
-    """Return R^c and sparsity of every layer on one batch: the paper's white-box curves.
-
-    Args:
-        model, images, epsilon: See `layer_measures`.
-
-    Returns:
-        "coding_rate" and "sparsity", unless omitted as in `layer_measures`, each [depth, 2]: mean and standard
-        deviation over the batch.
-    """
-    return {
-        name: torch.stack([values.mean(dim=0), values.std(dim=0, correction=0)], dim=1)
-        for name, values in layer_measures(model, images, epsilon).items()
-    }

@@ -23,7 +23,7 @@ from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import NoObjectsError, scores_table
 from crate_fast.train import checkpoint
 from crate_fast.train.reconstruction import RATIOS, reconstruction_figure, reconstructions
-from crate_fast.whitebox import layer_statistics
+from crate_fast.whitebox import layer_measures
 
 if TYPE_CHECKING:
     from crate_fast.train.trainer import Trainer
@@ -45,9 +45,9 @@ def log_layers(trainer: Trainer, model: nn.Module) -> None:
     if not images:
         return
     images, encoder = torch.stack(images), model.encoder() if isinstance(model, CRATEMAE) else model
-    for name, rows in layer_statistics(encoder, trainer.prepare_images(images)).items():
-        means = {f"{name}/layer_{layer:02d}": mean for layer, (mean, _) in enumerate(rows.tolist())}
-        run.add_scalars(trainer.step, means)
+    for name, values in layer_measures(encoder, trainer.prepare_images(images)).items():
+        means = enumerate(values.mean(dim=0).tolist())
+        run.add_scalars(trainer.step, {f"{name}/layer_{layer:02d}": mean for layer, mean in means})
     if isinstance(model, CRATEMAE):
         config = trainer.config
         rows = reconstructions(model, images[:SHOWN_IMAGES], trainer.normalize, [config.mask_ratio], config.seed)
