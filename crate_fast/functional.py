@@ -166,16 +166,11 @@ def compress(
     inner = projection.shape[0] if matrix else 0
     fits = matrix and projection.shape[1] == width and heads > 0 and inner % heads == 0
     check_tensor("projection", projection, f"[H·D, C] = [{heads}·D, {width}]", fits)
-    for name, tensor, shape in (
-        ("weight", weight, (width,)),
-        ("bias", bias, (width,)),
-        ("output", output, (width, inner)),
-        ("output_bias", output_bias, (width,)),
-    ):
+    for name, tensor, shape in (("output", output, (width, inner)), ("output_bias", output_bias, (width,))):
         fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == shape
         check_tensor(name, tensor, str(list(shape)), fits)
     check_beside(x, projection=projection, output=output, output_bias=output_bias)
-    check_beside(x, any_dtype=True, weight=weight, bias=bias)  # LayerNorm weights may stay in fp32
+    check_norm(x, weight, bias)
     check_choice("residual", residual, RESIDUALS)
     head_dim = inner // heads
     if resolve_backend(x, backend, head_dim=head_dim) == "triton":
