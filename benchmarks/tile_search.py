@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 
 from harness import Step, Timer
@@ -16,7 +16,7 @@ from harness import Step, Timer
 import torch
 from torch import Tensor
 
-from crate_fast.accuracy import token_scale
+from crate_fast.accuracy import gradients, token_scale
 from crate_fast.kernels.launch import Launch, Tile, architecture, find, recorded
 from crate_fast.reference import subspace_attention_reference
 
@@ -95,7 +95,7 @@ def items() -> list[dict]:
         key = {"kernel": kernel, "architecture": architecture(device), "precision": "half", "block_d": block_d}
         lists.append(
             [
-                {"name": f"{kernel} {_source(tile)}", "kind": "tile", **key}
+                {"name": f"{kernel} {_words(tile)}", "kind": "tile", **key}
                 | {"tile": asdict(tile), "present": tile == present}
                 for tile in dict.fromkeys([present, *tiles])
             ]
@@ -103,13 +103,8 @@ def items() -> list[dict]:
     return [one[i] for i in range(max(map(len, lists))) for one in lists if i < len(one)]
 
 
-def _source(tile: Tile) -> str:
-    """Format a tile as in kernels/launch.py."""
-    sizes = [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages] + [tile.block_k] * bool(tile.block_k)
-    words = [str(size) for size in sizes]
-    flags = {field.name: field.default for field in fields(Tile) if isinstance(field.default, bool)}
-    words += [f"{name}={not default}" for name, default in flags.items() if getattr(tile, name) != default]
-    return f"Tile({', '.join(words)})"
+def _words(tile: Tile) -> str:
+    return " ".join(f"{name}={value}" for name, value in asdict(tile).items() if value != getattr(Tile, name, None))
 
 
 # --- problems -----------------------------------------------------------------------------------------------------
@@ -140,14 +135,11 @@ def _attention(kernel: str, shape: tuple[int, ...], random: Callable) -> Problem
 
     batch, n_tokens, heads, head_dim = shape
     w, grad = random(*shape, std=token_scale(n_tokens, head_dim)), random(*shape)
-    scale, ends = head_dim**-0.5, sorted({0, batch - 1})
-    tokens = w[ends].double().requires_grad_()
-    truth = subspace_attention_reference(tokens)
-    backward = kernel.endswith("backward")
+    scale, ends, backward = head_dim**-0.5, sorted({0, batch - 1}), kernel.endswith("backward")
+    truth = gradients(subspace_attention_reference, [w[ends].double()], grad[ends].double())[backward]
     out, output, lse = torch.empty_like(w), torch.empty_like(w), torch.empty(batch, heads, n_tokens, device=w.device)
     if backward:
         attention.plan_forward(w, out, lse, scale, None if not REHEARSED else SMALL["attention"]).run()
-        (truth,) = torch.autograd.grad(truth, tokens, grad[ends].double())
 
     run = {
         "attention_forward": lambda tile: attention.plan_forward(w, output, lse, scale, tile).run(),
@@ -161,7 +153,7 @@ def _attention(kernel: str, shape: tuple[int, ...], random: Callable) -> Problem
             run(tile)
         return launches
 
-    return Problem("×".join(map(str, shape)), plan, output, lambda: output[ends], truth.detach())
+    return Problem("×".join(map(str, shape)), plan, output, lambda: output[ends], truth)
 
 
 def _product(kernel: str, rows: int, stored: torch.dtype | None, random: Callable) -> Problem:
