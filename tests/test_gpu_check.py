@@ -12,7 +12,9 @@ import tarfile
 import time
 import zipfile
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import gpu_check
@@ -96,7 +98,7 @@ def _check(tmp_path: Path, limit: float, part: str = "first") -> Check:
 
 @pytest.fixture
 def check(tmp_path, monkeypatch):
-    """A check of three seconds, without a reserve, whose worker is STUB."""
+    """A check of a minute, without a reserve, whose worker is STUB."""
     stub = tmp_path / "stub.py"
     stub.write_text(STUB)
 
@@ -105,7 +107,17 @@ def check(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_check, "PACK_SECONDS", 0.0)
     monkeypatch.setattr(Check, "worker", worker)
-    return _check(tmp_path, 3.0)
+    return _check(tmp_path, 60.0)
+
+
+def _stand_in(monkeypatch, code: Callable[[Job], list[str]]) -> None:
+    """Run code(job), Python code and its arguments, instead of each job."""
+    start = Check.start
+    monkeypatch.setattr(Check, "start", lambda check, job: start(check, replace(job, command=[*PYTHON, *code(job)])))
+
+
+def _word(job: Job, option: str) -> str:
+    return job.command[job.command.index(option) + 1]
 
 
 def _items(*names: str, **more) -> list[dict]:
@@ -128,9 +140,8 @@ def test_faults_cost_only_themselves(check):
         Stage("mixed", 30, 1, lambda check: check.work_through(mixed, "time", 2, 1.0)),
         Stage("unstarted", 20, 1, unstarted),
     ]
-    check.end = time.monotonic() + 60
     check.go(stages)
-    rows = gpu_report.read_rows(check.rows_file)
+    rows = check.rows()
     right = {f"{name} {name}" for name in "abcde"} | {"both ours", "both: ours ours", "both: theirs theirs"}
     assert {row["item"] for row in rows if row["status"] == "ok"} == right
     lost = {
@@ -208,7 +219,6 @@ def _packed(archive: Path) -> tuple[list[dict], list[tarfile.TarInfo]]:
 
 
 def test_the_results_are_packed_when_the_time_is_up_during_a_stage(check):
-    check.end = time.monotonic() + 60
 
     def interrupted(check):
         process = check.start(check.items_job(_items("a", "hang"), "time", 60.0))
@@ -252,28 +262,24 @@ def test_a_damaged_assembler_costs_only_its_own_row(check, tmp_path, monkeypatch
     (check.folder / "rows_environment.jsonl").touch()
     (check.folder / "items.json").write_text('{"probes": []}')
     check.go([Stage("environment", 30, 1, gpu_check.environment)])
-    (row,) = gpu_report.read_rows(check.rows_file)
+    (row,) = check.rows()
     assert (row["item"], row["status"]) == ("carried assembler", "red")
     assert (check.items, started) == ({"probes": []}, ["environment", "nvidia-smi"])
 
 
 def test_a_probe_ended_by_its_stage_is_not_red(check, monkeypatch):
     check.items = {"probes": [{"probe": name} for name in "ab"]}
-    check.rehearse = False
-    start = Check.start
-    code = "import time; time.sleep(30)"
-    monkeypatch.setattr(
-        Check, "start", lambda check, job: start(check, Job(job.name, [*PYTHON, code], job.limit_s, job.environment))
-    )
+    check.rehearse, check.end = False, time.monotonic() + 3
+    _stand_in(monkeypatch, lambda _: ["import time; time.sleep(30)"])
     check.go([Stage("probes", 1, 1, gpu_check.probes)])
-    rows = gpu_report.read_rows(check.rows_file)
+    rows = check.rows()
     assert {(row["item"], row["status"]) for row in rows} == {("a", "n/a"), ("b", "n/a")}
 
 
 @pytest.mark.parametrize("carried_is_used", [True, False])
 def test_a_red_probe_runs_again_with_each_assembler_and_its_code_is_packed(check, monkeypatch, carried_is_used):
     """The other assembler finds the second probe right."""
-    variable, start = gpu_check.PTXAS_VARIABLES[0], Check.start
+    variable = gpu_check.PTXAS_VARIABLES[0]
     carried = dict.fromkeys(gpu_check.PTXAS_VARIABLES, "carried")
     if carried_is_used:
         check.environment |= carried
@@ -290,13 +296,7 @@ for suffix in ("ptx", "cubin", "json"):
 right = name == "a" or (name == "b" and carried != {carried_is_used})
 open(file, "w").write(json.dumps({{"status": "right" if right else "wrong"}}))
 """
-
-    def started(check, job):
-        words = [job.command[job.command.index(word) + 1] for word in ("--probe", "--json")]
-        return start(check, Job(job.name, [*PYTHON, code, *words], job.limit_s, job.environment))
-
-    monkeypatch.setattr(Check, "start", started)
-    check.end = time.monotonic() + 60
+    _stand_in(monkeypatch, lambda job: [code, _word(job, "--probe"), _word(job, "--json")])
     check.go([Stage("probes", 30, 1, gpu_check.probes)])
     rows, _ = _packed(check.output / "gpu_check_first.tar.gz")
     assert {row["item"]: (row["status"], "probe" in row) for row in rows} == {
@@ -316,19 +316,12 @@ def test_the_carried_assembler_is_used_if_its_probe_is_right(check, tmp_path, mo
     text = "#!/bin/sh\necho Cuda compilation tools, release 13.4, V13.4.59\n"
     (tmp_path / gpu_check.PTXAS).write_bytes(lzma.compress(text.encode()))
     monkeypatch.setattr(gpu_check, "CARRIED", tmp_path)
-    check.rehearse, check.end, start = False, time.monotonic() + 60, Check.start
-
-    def started(check, job):
-        code = "pass"
-        if job.name == "assembler":
-            path = job.command[job.command.index("--json") + 1]
-            code = "import os, subprocess; subprocess.run([os.environ['TRITON_PTXAS_PATH']], check=True); "
-            code += f"open({path!r}, 'w').write({json.dumps({'status': status})!r})"
-        return start(check, Job(job.name, [*PYTHON, code], job.limit_s, job.environment))
-
-    monkeypatch.setattr(Check, "start", started)
+    check.rehearse = False
+    code = "import os, subprocess, sys; subprocess.run([os.environ['TRITON_PTXAS_PATH']], check=True); "
+    code += f"open(sys.argv[1], 'w').write({json.dumps({'status': status})!r})"
+    _stand_in(monkeypatch, lambda job: [code, _word(job, "--json")] if job.name == "assembler" else ["pass"])
     check.go([Stage("environment", 30, 1, gpu_check.environment)])
-    (row,) = gpu_report.read_rows(check.rows_file)
+    (row,) = check.rows()
     used = {name: value for name, value in check.environment.items() if name in gpu_check.PTXAS_VARIABLES}
     if status == "right":
         assert (row["status"], row["facts"]) == ("ok", {"ptxas": "13.4.59"})
@@ -373,10 +366,9 @@ def test_the_fastest_tile_replaces_the_present_one_if_it_gains_enough():
 def test_whole_heads_that_crash_are_turned_off(check):
     tile = _tile("whole_head_forward", 64, None, present=True)
     row = {key: tile[key] for key in ("kernel", "architecture", "precision", "block_d", "tile", "present")}
-    check.end = time.monotonic() + 60
     check.go([Stage("tiles", 30, 1, lambda check: check.work_through(_items("crash", **row), "time", 1, 5.0))])
     key = {name: row[name] for name in gpu_report.TILE_KEY}
-    assert gpu_report.found_tiles(gpu_report.read_rows(check.rows_file)) == [key | {"tile": None}]
+    assert gpu_report.found_tiles(check.rows()) == [key | {"tile": None}]
 
 
 def test_tiles_that_do_not_compile_or_spill_are_not_timed(check, monkeypatch):
@@ -391,7 +383,7 @@ def test_tiles_that_do_not_compile_or_spill_are_not_timed(check, monkeypatch):
     check.stage = "tiles"
     gpu_check.tiles(check)
     assert timed == ["fits", "present spills", "cold"]
-    reasons = {row["item"]: row["reason"] for row in gpu_report.read_rows(check.rows_file) if row["stage"] == "tiles"}
+    reasons = {row["item"]: row["reason"] for row in check.rows() if row["stage"] == "tiles"}
     assert reasons == {"spills": "left out: it spills registers", "fails": "left out: out of shared memory"}
 
 
