@@ -55,11 +55,9 @@ def test_every_bf16_number_is_loaded_and_stored():
     assert _equal(_run(lambda a, b: a, every, dtype=FP32), every.float())
 
 
-@pytest.mark.parametrize("dtype", [FP32, FP16, torch.float64, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
 def test_casts_round_as_pytorch(dtype):
     values, low = _values().to(dtype), _values().to(BF16)
-    if dtype == torch.int32:
-        values, low = torch.randint(-(2**31), 2**31 - 1, (4096,)).to(dtype), (_moderate() * 300).to(BF16)
     to = getattr(tl, str(dtype).removeprefix("torch."))
     assert _equal(_run(lambda a, b: a.to(tl.bfloat16), values), values.to(BF16))
     assert _equal(_run(lambda a, b: a, values), values.to(BF16))  # at a store
