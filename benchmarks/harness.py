@@ -91,13 +91,6 @@ class Step(NamedTuple):
     prepare: Callable[[], object] = lambda: None
 
 
-class Plan(NamedTuple):
-    """Calls per measurement, and number of cache overwrites before each call."""
-
-    calls: int
-    flushes: int
-
-
 class Timer:
     """Timer of calls in milliseconds: by events on a GPU, by the wall clock on a CPU."""
 
@@ -148,21 +141,21 @@ class Timer:
         step.call(argument)
         return (time.perf_counter() - start) * 1e3
 
-    def plan(self, step: Step, hides_host: bool = True) -> Plan:
-        """Choose the number of calls from up to eight trial calls.
+    def plan(self, step: Step, hides_host: bool = True) -> tuple[int, int]:
+        """Choose the calls of a measurement and the cache overwrites before each, from up to eight trial calls.
 
         With `hides_host`, the cache is overwritten long enough to hide a slow host. Otherwise calls follow each other
         as in a program, and the host's delay counts.
         """
         if not self.on_gpu:
             host_ms = self._wall_ms(step)
-            return Plan(min(MAX_CALLS, math.ceil(self.measurement_ms / host_ms)), 0)
+            return min(MAX_CALLS, math.ceil(self.measurement_ms / host_ms)), 0
         host_ms = statistics.median([self._wall_ms(step) for _ in range(5)][2:])
         flushes = max(1, math.ceil(1.5 * host_ms / self.flush_ms)) if hides_host else 0
         self.synchronize()
         call_ms = statistics.median(self.sample(step, 3, flushes))
         calls = math.ceil(self.measurement_ms / (call_ms + flushes * self.flush_ms))
-        return Plan(min(MAX_CALLS, max(3, calls)), flushes)
+        return min(MAX_CALLS, max(3, calls)), flushes
 
     def peak_mib(self, call: Callable[[], object]) -> float | None:
         """Measure the peak extra GPU memory of a call, with its results; None on a CPU."""
@@ -195,7 +188,7 @@ def in_turn(
     for _ in range(rounds):
         for key, step in steps.items():
             if (plan := plans[key]) is not None:
-                samples[key] += attempt(key, partial(timer.sample, step, plan.calls, plan.flushes)) or []
+                samples[key] += attempt(key, partial(timer.sample, step, *plan)) or []
     return samples
 
 

@@ -255,5 +255,5 @@ def time_tile(item: dict, timer: Timer) -> dict:
 
 def _milliseconds(timer: Timer, call: Callable[[], object]) -> float:
     step = Step(lambda _: call())
-    calls, flushes = (CALLS, timer.plan(step).flushes) if timer.on_gpu else (1, 0)
+    calls, flushes = (CALLS, timer.plan(step)[1]) if timer.on_gpu else (1, 0)
     return statistics.median(timer.sample(step, calls, flushes))
