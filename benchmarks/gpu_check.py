@@ -490,8 +490,7 @@ def _ptxas_version(tool: Path) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=(*LIMITS, "prepare"))
-    stages = list(dict.fromkeys(stage.name for part in PARTS.values() for stage in part))
-    parser.add_argument("--stages", nargs="+", choices=stages, help="only these stages, and the environment")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="only these stages, and the environment")
     parser.add_argument("--limit", type=float, help="seconds in all; default 410 for first, 230 for second")
     output = os.environ.get("OUT") or ROOT / "build" / "gpu_check" / "results"
     parser.add_argument("--output", type=Path, default=Path(output), help="folder of the results; default $OUT")
@@ -502,14 +501,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a part and write its results; return 0 unless the program itself fails."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
     if options.part == "prepare":
         return prepare()
+    names = [stage.name for stage in PARTS[options.part]]
+    if missing := set(options.stages or []) - set(names):
+        parser.error(f"--stages {', '.join(sorted(missing))}: {options.part} has {', '.join(names)}")
     options.limit = options.limit or LIMITS[options.part]
     options.output, options.work = options.output.resolve(), options.work.resolve()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     check = Check(options)
-    wanted = {*(options.stages or [stage.name for stage in PARTS[options.part]]), "environment"}
+    wanted = {*(options.stages or names), "environment"}
 
     def stop(number, _frame):
         raise TimeUp(signal.Signals(number).name)

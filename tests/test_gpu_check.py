@@ -442,6 +442,12 @@ def rehearsal(tmp_path_factory):
     return folder / "out"
 
 
+def test_a_stage_of_another_part_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main(["first", "--stages", "warm", "models"])
+    assert "--stages models: first has environment, warm, probes, tiles, timings, tests" in capsys.readouterr().err
+
+
 def test_the_script_starts_the_program():
     command = ["bash", str(gpu_check.ROOT / "benchmarks" / "gpu_check.sh"), "--help"]
     environment = {**os.environ, "PYTHON": sys.executable}
