@@ -235,7 +235,8 @@ def main(argv: list[str] | None = None) -> int:
     """Compile and print the table; return 1 if there is a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument("--kernels", nargs="+", help="only kernels with these names")
+    kernels = list(dict.fromkeys([*(kernel for kernel, *_ in TABLE), *ROWWISE]))
+    parser.add_argument("--kernels", nargs="+", choices=kernels, help="only these kernels")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":

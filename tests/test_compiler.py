@@ -124,6 +124,12 @@ def test_the_report_finds_every_problem():
     assert compile_report.problems([good | {"spilled_bytes": 8}], False) == []
 
 
+def test_an_unknown_kernel_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        compile_report.main(["--kernels", "ista"])
+    assert "invalid choice: 'ista'" in capsys.readouterr().err
+
+
 def _die(case):
     os._exit(1)
 
