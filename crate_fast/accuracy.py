@@ -17,19 +17,6 @@ def token_scale(n_tokens: int, dim: int) -> float:
     return math.sqrt(max(math.log(n_tokens), 0.5) / math.sqrt(dim))
 
 
-def spread_tokens(
-    shape: tuple[int, ...], spread: float, dtype: torch.dtype, device, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return subspace tokens [B, N, H, D], with norms from 1/√spread to √spread times the usual, and a gradient."""
-    w = torch.randn(shape, generator=generator)
-    norm = token_scale(shape[1], shape[3]) * math.sqrt(shape[3])
-    order = torch.randperm(shape[1], generator=generator)
-    lengths = torch.logspace(-0.5, 0.5, shape[1], base=spread)[order]
-    w = w / w.norm(dim=-1, keepdim=True) * norm * lengths[:, None, None]
-    grad = torch.randn(shape, generator=generator)
-    return w.to(dtype).to(device), grad.to(dtype).to(device)
-
-
 def product_eps(dtype: torch.dtype) -> float:
     """Return the eps of products in a dtype: for fp32, TF32's 2^-10 if `torch.backends.cuda.matmul` allows TF32."""
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_fast import functional, odl
-from crate_fast.accuracy import clear_of_threshold, gradients, judge, spread_tokens, token_scale
+from crate_fast.accuracy import clear_of_threshold, gradients, judge, token_scale
 from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.reference import (
     compress_reference,
@@ -87,15 +87,16 @@ class Probe:
 
 
 def _attention(
-    sizes, dtype, autocast, device, generator, factor: float = 1.0, spread: float | None = None
+    sizes, dtype, autocast, device, generator, factor: float = 1.0, offset: float = 0.0, spread: float | None = None
 ) -> Problem:
-    if spread is None:
-        w = _normal(sizes, generator, device, dtype, factor * token_scale(sizes[1], sizes[3]))
-        grad = _normal(sizes, generator, device, dtype)
-    else:
-        w, grad = spread_tokens(sizes, spread, dtype, device, generator)
-    ours = partial(functional.subspace_attention, backend="triton")
-    return Problem(ours, subspace_attention_reference, [w], grad, "O dW", autocast)
+    _, n_tokens, _, dim = sizes
+    w = _normal(sizes, generator, device, torch.float32, factor * token_scale(n_tokens, dim), offset)
+    if spread is not None:  # norms from 1/√spread to √spread times the usual
+        order = torch.randperm(n_tokens, generator=generator, device=generator.device)
+        lengths = token_scale(n_tokens, dim) * dim**0.5 * torch.logspace(-0.5, 0.5, n_tokens, base=spread)
+        w = F.normalize(w, dim=-1) * lengths.to(device)[order.to(device), None, None]
+    ours, grad = partial(functional.subspace_attention, backend="triton"), _normal(sizes, generator, device, dtype)
+    return Problem(ours, subspace_attention_reference, [w.to(dtype)], grad, "O dW", autocast)
 
 
 def _ista(sizes, dtype, autocast, device, generator, threshold: str = "relu") -> Problem:

@@ -10,19 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from crate_fast.accuracy import gradients, judge, spread_tokens, token_scale
+from crate_fast.accuracy import gradients, judge
 from crate_fast.functional import ista
+from crate_fast.probes import PROBLEMS
 
 
-def tokens_and_gradient(
-    shape: tuple[int, ...], dtype: torch.dtype, device, factor=1.0, offset=0.0, spread: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return subspace tokens [B, N, H, D], at `token_scale` or with norms a factor `spread` apart, and a gradient."""
+def tokens_and_gradient(shape: tuple[int, ...], dtype: torch.dtype, device, **drawn) -> tuple[Tensor, Tensor]:
+    """Return the subspace tokens [B, N, H, D] and the gradient of a probe; `drawn`: factor, offset, spread."""
     skip_tf32(dtype, device)
-    if spread is not None:
-        return spread_tokens(shape, spread, dtype, device)
-    w = factor * torch.randn(shape) * token_scale(shape[1], shape[3]) + offset
-    return w.to(dtype).to(device), torch.randn(shape).to(dtype).to(device)
+    problem = PROBLEMS["attention"](shape, dtype, None, device, torch.default_generator, **drawn)
+    return problem.inputs[0], problem.grad
 
 
 def skip_tf32(dtype: torch.dtype, device) -> None:

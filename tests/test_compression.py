@@ -6,10 +6,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import agrees, all_within_twice_eager, gradients, opcheck_tests, token_scale
+from oracle import agrees, all_within_twice_eager, gradients, opcheck_tests
 from torch import Tensor
 
 from crate_fast import CRATE, functional, triton_ops
+from crate_fast.accuracy import token_scale
 from crate_fast.functional import compress
 from crate_fast.kernels import product
 from crate_fast.kernels.launch import TABLE, Tile, architecture, find
