@@ -25,7 +25,7 @@ from measuring import Cost, Peer, Problem, measure_peers
 from torch import Tensor
 
 from crate_fast.functional import ista
-from crate_fast.probes import PROBLEMS
+from crate_fast.probes import PROBLEMS, norm_ista
 from crate_fast.reference import ista_reference, norm_ista_reference
 
 STEP_SIZE, SHIFT = 0.1, 0.1 * 0.1  # the operators' defaults: η, ηλ
@@ -82,18 +82,12 @@ def _compiled(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 
-def _ours(operator: str, backend: str) -> Callable:
-    if operator == "ista":
-        return partial(ista, backend=backend)
-    return lambda x, weight, bias, dictionary: ista(x, dictionary, norm=(weight, bias, 1e-5), backend=backend)
-
-
 def peers(operator: str, backend: str = "triton") -> list[Peer]:
     """Return ours and the forms with three products and with one, eager and compiled. Each folds G itself."""
     one, added = (_with_norm(function, operator) for function in (_one_product, _one_product_added))
-    released = ista_reference if operator == "ista" else norm_ista_reference
+    ours, released = (ista, ista_reference) if operator == "ista" else (norm_ista, norm_ista_reference)
     return [
-        Peer("ours", partial(_ours, operator, backend)),
+        Peer("ours", lambda: partial(ours, backend=backend)),
         Peer("three products, compiled", partial(_compiled, released), compiles=True),
         Peer("one product, compiled", partial(_compiled, one), compiles=True),
         Peer("one product, PyTorch's", lambda: added),

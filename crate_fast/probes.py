@@ -107,6 +107,11 @@ def _ista(sizes, dtype, autocast, device, generator, threshold: str = "relu") ->
     return Problem(ours, partial(ista_reference, threshold=threshold), [x, dictionary], grad, "y dx dD", autocast)
 
 
+def norm_ista(x: Tensor, weight: Tensor, bias: Tensor, dictionary: Tensor, **options) -> Tensor:
+    """Return ISTA of LN(x), with the arguments of `norm_ista_reference`."""
+    return functional.ista(x, dictionary, norm=(weight, bias, 1e-5), **options)
+
+
 def _norm_ista(sizes, dtype, autocast, device, generator) -> Problem:
     width = sizes[-1]
     x = _normal(sizes, generator, device, dtype, 2.0, 1.0)
@@ -116,10 +121,7 @@ def _norm_ista(sizes, dtype, autocast, device, generator) -> Problem:
 
     normed = F.layer_norm(x, (width,), gamma, beta)
     grad = clear_of_threshold(_normal(sizes, generator, device, dtype), normed, dictionary, autocast)
-
-    def ours(x, gamma, beta, dictionary):
-        return functional.ista(x, dictionary, norm=(gamma, beta, 1e-5), backend="triton")
-
+    ours = partial(norm_ista, backend="triton")
     return Problem(ours, norm_ista_reference, [x, gamma, beta, dictionary], grad, "y dx dγ dβ dD", autocast)
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from crate_fast.accuracy import gradients, judge
-from crate_fast.functional import ista
 from crate_fast.probes import PROBLEMS
 
 
@@ -89,11 +88,6 @@ def _load(path: Path):
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
-
-
-def norm_ista(x: Tensor, weight: Tensor, bias: Tensor, dictionary: Tensor, **options) -> Tensor:
-    """Return ISTA of LN(x), with the arguments of `norm_ista_reference`."""
-    return ista(x, dictionary, norm=(weight, bias, 1e-5), **options)
 
 
 def opcheck_tests(wanted: list[bool]) -> str | tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from oracle import model_gradients, norm_ista, opcheck_tests
+from oracle import model_gradients, opcheck_tests
 from runs import free_port
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +24,7 @@ from crate_fast.kernels import folding as folding_kernels
 from crate_fast.kernels import ista as ista_kernels
 from crate_fast.kernels import launch
 from crate_fast.model import ALPHA_OPTIONS
+from crate_fast.probes import norm_ista
 from crate_fast.reference import ista_reference
 
 SIZES = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 48, "depth": 2, "heads": 3, "dim_head": 16}

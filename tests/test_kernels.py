@@ -13,13 +13,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import all_within_twice_eager, gradients, is_right, mutant, norm_ista, skip_tf32, tokens_and_gradient
+from oracle import all_within_twice_eager, gradients, is_right, mutant, skip_tf32, tokens_and_gradient
 from torch import Tensor
 
 from crate_fast import functional, kernels
 from crate_fast.accuracy import clear_of_threshold
 from crate_fast.kernels import attention, folding, ista, layer_norm, product, whole_head
 from crate_fast.kernels.launch import TABLE, Tile, cdiv, lookup, precision
+from crate_fast.probes import norm_ista
 from crate_fast.reference import ista_reference, norm_ista_reference, subspace_attention_reference
 
 HALF, SINGLE = torch.float16, torch.float32
