@@ -93,9 +93,12 @@ def _is_right(kernel: str, sizes: tuple[int, ...], device, **options) -> bool:
 
 @pytest.mark.parametrize(  # at 384 the tile 128×256 becomes 256×128
     ("kernel", "width", "options"),
-    [("ista", 192, {}), ("ista", 384, {}), ("ista", 192, {"threshold": "soft"}), ("norm_ista", 192, {})],
+    [
+        *(("ista", 192, {}), ("ista", 384, {}), ("ista", 192, {"threshold": "soft"})),
+        *(("norm_ista", 192, {}), ("odl", 64, {})),
+    ],
 )
-def test_ista_is_within_twice_eagers_error(kernel, width, options, device):
+def test_sparse_coding_is_within_twice_eagers_error(kernel, width, options, device):
     assert _is_right(kernel, (_size(4, 1), 197, width), device, **options)
 
 
