@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from crate_fast import cpu_ops, triton_ops
-from crate_fast.arguments import check_choice, check_not_negative, check_rates
+from crate_fast.arguments import check_choice, check_not_negative, check_positive, check_rates
 from crate_fast.backends import (
     autocast_enabled,
     being_transformed,
@@ -160,11 +160,11 @@ def compress(
     >>> compress(torch.tensor([[[1.0, -1.0]]]), one, zero, eye, eye, zero, heads=1)    # one token sees itself
     tensor([[[ 2.0000, -2.0000]]])
     """
+    check_positive(heads=heads)
     check_tensor("x", x, "[B, N, C]", isinstance(x, Tensor) and x.dim() == 3)
     width = x.shape[-1]
-    matrix = isinstance(projection, Tensor) and projection.dim() == 2
-    inner = projection.shape[0] if matrix else 0
-    fits = matrix and projection.shape[1] == width and heads > 0 and inner % heads == 0
+    inner = projection.shape[0] if isinstance(projection, Tensor) and projection.dim() == 2 else 0
+    fits = inner > 0 and projection.shape[1] == width and inner % heads == 0
     check_tensor("projection", projection, f"[H·D, C] = [{heads}·D, {width}]", fits)
     for name, tensor, shape in (("output", output, (width, inner)), ("output_bias", output_bias, (width,))):
         fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == shape

@@ -148,6 +148,7 @@ WRONG_INPUTS = [
     (1, lambda t: t[1:], ValueError, "weight has shape"),
     (2, lambda t: None, TypeError, "bias is a NoneType"),
     (3, lambda t: t[1:], ValueError, "projection has shape"),
+    (3, lambda t: t[:0], ValueError, "projection has shape"),
     (4, lambda t: t.t()[1:], ValueError, "output has shape"),
     (5, lambda t: t[1:], ValueError, "output_bias has shape"),
     (1, lambda t: t.to("meta"), ValueError, "weight is on meta and x on"),
@@ -162,6 +163,8 @@ def test_wrong_inputs_are_errors(device):
         for backend in ("triton", "torch"):
             with pytest.raises(error, match=message):
                 compress(*inputs, 3, backend=backend)
+    with pytest.raises(ValueError, match="heads=0: give a positive integer"):
+        compress(*_inputs(device), 0)
 
 
 def test_a_layers_halves_are_fused_unless_a_module_has_a_hook(device, monkeypatch):
