@@ -159,19 +159,9 @@ class MSSA(_Attention):
         bias = output.new_zeros(len(output)) if bias is None else bias
         if sign < 0:
             output, bias = -output, -bias
-        return functional.compress(
-            x,
-            norm.weight,
-            norm.bias,
-            self.qkv.weight,
-            output,
-            bias,
-            self.heads,
-            self.scale,
-            eps=norm.eps,
-            residual=residual,
-            backend=self.backend,
-        )
+        weights = norm.weight, norm.bias, self.qkv.weight, output, bias
+        options = {"eps": norm.eps, "residual": residual, "backend": self.backend}
+        return functional.compress(x, *weights, self.heads, self.scale, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return MSSA(x) [B, N, C] of normalised x [B, N, C]."""
