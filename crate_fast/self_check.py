@@ -108,6 +108,10 @@ def _draw_layer_norm_backward(draw, grad, rows, mean, rstd, dtype, gamma=None, s
     return draw.rows(grad), small, small_mean, small_rstd, dtype, *more
 
 
+def _draw_scale(draw, weight, gamma, beta, dtype):
+    return draw.matrix(weight), draw.like(gamma, 0.3, 1.0), draw.like(beta), dtype
+
+
 def _draw_ista_forward(draw, x, operand, folded, shift, soft=False, norm=None, keep=True):
     small, norm_small = draw.rows(x, 2.0, 1.0), None
     low = small
@@ -262,16 +266,7 @@ _CHECKS: dict[str, tuple[Callable, Callable, str]] = {  # function: (small argum
         _fold_backward,
         "dD",
     ),
-    "folding.scale": (
-        lambda draw, weight, gamma, beta, dtype: (
-            draw.matrix(weight),
-            draw.like(gamma, 0.3, 1.0),
-            draw.like(beta),
-            dtype,
-        ),
-        _scale,
-        "A∘γ Aβ",
-    ),
+    "folding.scale": (_draw_scale, _scale, "A∘γ Aβ"),
     "folding.unscale": (lambda draw, *tensors: tuple(map(draw.like, tensors)), _unscale, "dA dγ dβ"),
     "ista.forward": (_draw_ista_forward, _ista_forward, "y nonzero"),
     "ista.masked_gradient": (
