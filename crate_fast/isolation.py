@@ -46,11 +46,12 @@ class Process:
             job.beat.touch()
             self.first_beat = job.beat.stat().st_mtime
         self.finished = False
+        variables = (environment | job.environment).items()
         try:
             with open(self.log, "ab") as file:
                 self.popen = subprocess.Popen(
                     job.command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                    env=_merged(environment, job.environment), start_new_session=True,
+                    env={name: value for name, value in variables if value is not None}, start_new_session=True,
                 )  # fmt: skip
         except OSError as error:
             self.popen, self.finished, self.reason = None, True, f"does not start: {error}"
@@ -94,10 +95,6 @@ class Process:
         self.finished, self.reason = True, reason
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.popen.pid, signal.SIGKILL)  # its remaining children
-
-
-def _merged(environment: dict[str, str], more: dict[str, str | None]) -> dict[str, str]:
-    return {name: value for name, value in (environment | more).items() if value is not None}
 
 
 def _ending(status: int) -> str | None:
