@@ -29,12 +29,6 @@ LIMIT_SECONDS = 120.0  # limit of a probe, and of all timings
 LOG_LINES = 60  # lines of a process's output in a report
 
 
-def _jobs(interpreter: bool) -> int:
-    cores = usable_cores()
-    fitting = cores if interpreter else torch.cuda.mem_get_info()[0] // PROBE_BYTES
-    return max(1, min(JOBS, cores, fitting))
-
-
 def _job(name: str, words: Sequence[str], interpreter: bool, limit_s: float) -> Job:
     command = [sys.executable, "-X", "faulthandler", "-m", "crate_fast.probes", *words]
     return Job(name, command, limit_s, {"TRITON_INTERPRET": str(int(interpreter))})
@@ -74,7 +68,9 @@ def run_probes(names: Sequence[str], interpreter: bool, limit_s: float = LIMIT_S
             print(f"{name}: {row['status']} after {row['seconds']:.0f} s", file=sys.stderr, flush=True)
             rows[name] = row | more
 
-        _run_jobs(jobs, Path(folder), done, _jobs(interpreter))
+        cores = usable_cores()
+        fitting = cores if interpreter else torch.cuda.mem_get_info()[0] // PROBE_BYTES
+        _run_jobs(jobs, Path(folder), done, max(1, min(JOBS, cores, fitting)))
     return [rows[name] for name in names]
 
 
