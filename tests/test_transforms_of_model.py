@@ -18,22 +18,10 @@ from crate_fast.functional import ista, subspace_attention
 from crate_fast.model import ALPHA_OPTIONS
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 10, "dim": 64, "depth": 2, "heads": 2, "dim_head": 32}
-OPTIONS = [
-    {},
-    {"attention": "mhsa", "sparsifier": "mlp", "residual": "paper", "pool": "mean", "num_classes": 0},
-    {  # no output map, and more tokens than width: ISTA by one product
-        "dim": 16,
-        "heads": 1,
-        "dim_head": 16,
-        "threshold": "soft",
-        "head_hidden": True,
-        "ista": 1,
-        "dropout": 0,
-        "emb_dropout": 0,
-        "embed_norm": False,
-    },
-    ALPHA_OPTIONS,
-]
+VIT = {"attention": "mhsa", "sparsifier": "mlp", "residual": "paper", "pool": "mean", "num_classes": 0}
+NARROW = {"dim": 16, "heads": 1, "dim_head": 16}  # no output map, and more tokens than width: ISTA by one product
+NARROW |= {"threshold": "soft", "head_hidden": True, "ista": 1, "dropout": 0, "emb_dropout": 0, "embed_norm": False}
+OPTIONS = [{}, VIT, NARROW, ALPHA_OPTIONS]
 every_kind = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
