@@ -432,7 +432,8 @@ def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Proc
             shutil.rmtree(folder)
     if processes.first:
         on_gpu = processes.device.type == "cuda"
-        rss = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+        rss = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak = torch.cuda.max_memory_allocated() if on_gpu else rss
         rate = trainer.speeds[-1]
         print(f"dry run: {trainer.step} steps, the last at {rate:,.1f} images/s; a checkpoint was saved and loaded")
