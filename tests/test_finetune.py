@@ -12,7 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.errors import UserError
 from crate_fast.eval.common.models import open_model
-from crate_fast.train import finetune, linear_probe, pretrain
+from crate_fast.train import finetune, linear_probe, pretrain, share
 from crate_fast.train.config import TrainConfig, build_config, dump_config
 from crate_fast.train.optimizer import build_optimizer
 from crate_fast.train.runs import build_model, load_initial, num_classes_of, run_config
@@ -57,6 +57,19 @@ def test_the_command_line_and_a_runs_own_settings_override_the_initial_run(sourc
         assert getattr(config, name) == getattr(known, name)
     (tmp_path / "config.yaml").write_text(dump_config(replace(config, dim=48)))
     assert settings(recipe=str(tmp_path / "config.yaml")) == replace(config, dim=48)
+
+
+def test_a_shared_model_is_a_start_with_its_own_settings(source, tmp_path):
+    share.write_model_folder(source, tmp_path)
+    how = [*SCENES[2:], "--init", str(tmp_path)], "", "shape_scenes"
+    config, known = build_config(*how, adjust=finetune.inheriting)[0], run_config(source)
+    assert all(getattr(config, name) == getattr(known, name) for name in finetune.INHERITED)
+    model = build_model(config, 12)
+    load_initial(model, config)
+    assert torch.equal(model.cls_token, open_model(str(source)).model.cls_token)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="json is not one of `crate-fast share` .*: pass .*safetensors, with --model"):
+        build_config(*how, adjust=finetune.inheriting)
 
 
 def test_a_missing_start_is_an_error(refuses, tmp_path, source):

@@ -102,7 +102,8 @@ class TrainConfig:
 
     # --- model
     init: str = ""
-    """Initial weights: a run's folder (its best checkpoint), RUN@STEP, or a weights file; random when empty."""
+    """Initial weights: a run's folder (its best checkpoint), RUN@STEP, a folder of `crate-fast share`, or a weights
+    file; random when empty."""
     head: Literal["keep", "new"] = "keep"
     """Classifier of a model with init: keep (the one in init, which must match the number of classes) or new (random
     weights)."""

@@ -1,8 +1,9 @@
 """Fine-tuning on another data set: `torchrun train/finetune.py --init RUN --recipe finetune_cifar10 --data-dir DATA`.
 
-It starts from a run's best checkpoint, RUN@STEP, or a weights file. Architecture and pixel statistics are those of
-the run, unless the command line changes them. From a CRATE-MAE only the encoder is used (a weights file needs --model
-crate_mae_encoder_…). The classifier must match the classes, or is replaced with `--head new`, as in the recipes.
+It starts from a run's best checkpoint, RUN@STEP, a folder of `crate-fast share`, or a weights file. Architecture and
+pixel statistics are those of the run or folder, unless the command line changes them. From a CRATE-MAE only the
+encoder is used (a weights file needs --model crate_mae_encoder_…). The classifier must match the classes, or is
+replaced with `--head new`, as in the recipes.
 """
 
 import sys
@@ -17,7 +18,7 @@ INHERITED = ("model", "patch_size", "dim", "depth", "heads", "mean", *FORM)
 def inheriting(values: dict, chosen: dict) -> dict:
     """Merge settings: the command line (`chosen`) overrides the initial run, and that the recipe (`values`)."""
     from crate_fast.registry import MAE, MAE_ENCODER, is_mae  # imports torch: after command-line errors
-    from crate_fast.train.runs import initial_run, run_config
+    from crate_fast.train.runs import initial_settings
 
     init = (values | chosen).get("init", "")
     if not init:
@@ -25,8 +26,7 @@ def inheriting(values: dict, chosen: dict) -> dict:
     if values.keys() >= {"init", "model", "patch_size", "dim", "depth", "heads", "mean"}:  # a run's config.yaml
         return values | chosen
     gone = not any(Path(path).exists() for path in (init, init.rpartition("@")[0] or init))
-    run = None if gone else initial_run(init)  # a resumed run does not need it; a new run reports it later
-    source = {} if run is None else dict(vars(run_config(run[0])))
+    source = {} if gone else initial_settings(init)  # a resumed run does not need it; a new run reports it later
     if source and is_mae(source["model"]):
         source["model"] = MAE_ENCODER + source["model"].removeprefix(MAE)
     return values | {name: source[name] for name in INHERITED if name in source} | chosen

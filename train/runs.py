@@ -1,5 +1,6 @@
 """Models of runs: build them from settings, load them from a run's folder, or start from existing weights."""
 
+import json
 from pathlib import Path
 
 from timm.layers import PatchEmbed
@@ -16,9 +17,11 @@ from crate_fast.checkpoints import (
 )
 from crate_fast.errors import UserError, nearest
 from crate_fast.mae import encoder_state_dict
+from crate_fast.pretrained import is_model_folder
 from crate_fast.registry import MAE, MAE_ENCODER, create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
 from crate_fast.train.config import DROP_RATES, FORM, SIZES, TrainConfig, load_recipe
+from crate_fast.train.data.transforms import STATISTICS
 from crate_fast.train.faults import poisoned
 
 _AUTOENCODER_SETTINGS = ("mask_ratio", "norm_pix_loss", "visible_only", "decoder_depth")
@@ -142,8 +145,10 @@ def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, TrainC
 
 
 def initial_run(init: str) -> tuple[Path, int | None] | None:
-    """Return the run and step that `--init` names, or None if it names a file."""
+    """Return the run and step that `--init` names, or None if it names a file or a shared model."""
     run, _, step = init.rpartition("@")
+    if is_model_folder(init):
+        return None
     if Path(init).is_dir():
         return Path(init), None
     if run and Path(run).is_dir():
@@ -151,8 +156,27 @@ def initial_run(init: str) -> tuple[Path, int | None] | None:
             raise UserError(f"init={init!r}: pass RUN@STEP with a step number, or RUN for its best checkpoint")
         return Path(run), int(step)
     if not Path(init).is_file():
-        raise UserError(f"init={init!r} is neither a file nor the folder of a run: check the path")
+        raise UserError(f"init={init!r} is neither a file nor the folder of a run or shared model: check the path")
     return None
+
+
+def initial_settings(init: str) -> dict:
+    """Return the settings of the run or shared model that `--init` names; none for a file."""
+    if not is_model_folder(init):
+        run = initial_run(init)
+        return {} if run is None else dict(vars(run_config(run[0])))
+    try:
+        shared = json.loads((Path(init) / "config.json").read_text())
+        mean = shared["pretrained_cfg"]["mean"]
+        known = next(name for name, (own, _) in STATISTICS.items() if list(own) == mean)
+        own_names = {"embed_dim": "dim", "num_heads": "heads"}
+        settings = {own_names.get(name, name): value for name, value in shared["model_args"].items()}
+        return settings | {"model": shared["architecture"], "mean": known}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(
+            f"{init}/config.json is not one of `crate-fast share` ({error!r}): pass {init}/model.safetensors, with "
+            "--model, its sizes and --mean"
+        ) from error
 
 
 def load_initial(model: nn.Module, config: TrainConfig) -> str:
@@ -167,7 +191,8 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
     where, run, visible_only = f"init={config.init!r}", initial_run(config.init), False
     new_classifier = config.head == "new" or config.frozen
     if run is None:
-        weights, source = read_state_dict(config.init), config.init
+        file = Path(config.init, "model.safetensors") if is_model_folder(config.init) else config.init
+        weights, source = read_state_dict(file), config.init
     else:
         weights, step = run_weights(*run)
         source, visible_only = f"{run[0]} at step {step}", run_config(run[0]).visible_only
