@@ -50,6 +50,12 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**({"allow_abbrev": False} | options))
         self._negative_number_matcher = re.compile(r"-\.?\d[\d.,e-]*$")  # argparse: values, not options; also -1,-2
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse arguments; also ~/ within a word, as in folder:~/PHOTOS, names the home folder."""
+        words = sys.argv[1:] if args is None else args
+        words = [re.sub(r"(?<=[:=@])~(?=/)", lambda _: os.path.expanduser("~"), word) for word in words]
+        return super().parse_known_args(words, namespace)
+
     def error(self, message):
         """Raise argparse's message as a UserError."""
         _, unknown, words = message.partition("unrecognized arguments: ")

@@ -85,6 +85,13 @@ def test_a_list_may_begin_with_a_negative_number(words):
     assert parse(command, ["m", *rest.split()]).layers == [-1, 0, -3]
 
 
+def test_the_home_folder_is_named_by_a_tilde_within_a_word(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = parse("eval pca", ["A=~/runs/a", "vit@~/w.pth", "~b", "--data", "folder:~/x"])
+    assert options.models == ["A=/home/me/runs/a", "vit@/home/me/w.pth", "~b"]
+    assert options.data == "folder:/home/me/x"
+
+
 def test_choices_and_defaults_equal_those_of_the_modules():
     def option(command: str, name: str) -> argparse.Action:
         return next(action for action in PARSERS[command]()._actions if action.dest == name)
