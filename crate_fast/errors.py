@@ -86,7 +86,8 @@ def run_command(command: Callable[..., int | None], *arguments: Any) -> int:
     process, which torchrun shows at the end of its report.
 
     Returns:
-        The exit status that the command returned, 0 for None; 2 after an error.
+        The exit status that the command returned, 0 for None; 2 after an error, 130 after Ctrl-C, 141 if the reader
+        of the output has ended.
     """
     try:
         return command(*arguments) or 0
@@ -99,6 +100,13 @@ def run_command(command: Callable[..., int | None], *arguments: Any) -> int:
         if package not in _EXTRA_OF:
             raise
         message = str(missing_package(package))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as in `crate-fast … | head`
+        print("the reader of the output has ended", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes the rest of the output when it ends
+        return 141
     except OSError as error:
         if error.errno not in _REMEDIES:
             raise

@@ -218,6 +218,22 @@ def test_bad_recipes_are_errors(tmp_path):
             load_recipe(str(path))
 
 
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        ("print('x' * 10**6)", 141, "the reader of the output has ended\n"),
+        ("signal.raise_signal(2)", 130, "interrupted\n"),
+    ],
+)
+def test_ctrl_c_and_the_end_of_the_reader_are_no_tracebacks(command, status, said):
+    code = f"import signal; from crate_fast.errors import run_command; exit(run_command(lambda: {command}))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (said, status)
+
+
 def test_the_error_is_in_torchruns_report(tmp_path, monkeypatch, capsys):
     """torch.distributed.elastic shows the error file of the first failed process."""
     file = tmp_path / "error.json"

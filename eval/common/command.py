@@ -90,11 +90,13 @@ class Evaluation:
     def write_table(self, name: str, rows: Sequence[dict], digits: int = 3, show: bool = True) -> None:
         """Print a table and write it as Markdown and CSV."""
         texts = {"md": files.markdown_table(rows, digits), "csv": files.csv_table(rows)}
-        if show:  # first: it may have taken hours to compute, and the disk may be full
-            print(texts["md"])
-        for suffix, text in texts.items():
-            self.written.append(self.folder / f"{name}.{suffix}")
-            write_text(self.written[-1], text)
+        try:
+            for suffix, text in texts.items():
+                self.written.append(self.folder / f"{name}.{suffix}")
+                write_text(self.written[-1], text)
+        finally:  # it may have taken hours to compute, and the disk may be full
+            if show:
+                print(texts["md"])
 
     def finish(self, results: dict, config: dict | None = None, notes: Sequence[str] = ()) -> None:
         """Write results.json, with the command line's settings and `config`; print `notes` and the written files."""
