@@ -2,9 +2,11 @@
 
 import itertools
 import json
+from functools import partial
 
 import pytest
 import torch
+from timm.layers import HybridEmbed
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
 from torch import nn
 
@@ -85,7 +87,7 @@ SIZES = SMALL | {"dim": 32, "heads": 2}
 
 def _vit(**more) -> nn.Module:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 3}
-    return VisionTransformer(**sizes, **more)
+    return VisionTransformer(**(sizes | more))
 
 
 def test_features_of_crate_are_those_of_its_trace():
@@ -131,9 +133,13 @@ def test_features_of_timms_vits_are_their_queries_and_keys(more):
             features.cls_attention(2)
 
 
-@pytest.mark.parametrize("model", [CRATE(**SIZES), _vit()])
+HYBRID = _vit(patch_size=4, embed_layer=partial(HybridEmbed, backbone=nn.Conv2d(3, 4, 2, 2)))  # patches of 8 pixels
+
+
+@pytest.mark.parametrize("model", [CRATE(**SIZES), _vit(), HYBRID])
 def test_the_image_size_can_be_changed(model):
     extract = extractor_for(model)
+    assert (extract.patch_size, extract.channels) == ((8, 8), 3)
     extract.set_image_size(48)
     features = extract(torch.randn(1, 3, 48, 48))
     assert (features.grid, features.keys(extract.default_layer).shape) == ((6, 6), (1, 36, 32))

@@ -128,8 +128,10 @@ class _ViTExtractor(FeatureExtractor):
 
     def __init__(self, model: VisionTransformer):
         self.model, self.depth, self.heads = model.eval(), len(model.blocks), model.blocks[0].attn.num_heads
-        self.default_layer, self.patch_size = self.depth - 1, tuple(model.patch_embed.patch_size)
-        self.channels, self.has_cls = model.patch_embed.proj.in_channels, model.cls_token is not None
+        self.default_layer, self.has_cls = self.depth - 1, model.cls_token is not None
+        # with the stages of a convolutional network in front of the patches, if any
+        self.patch_size = tuple(model.patch_embed.feat_ratio(as_scalar=False))
+        self.channels = next(p.in_channels for p in model.patch_embed.modules() if isinstance(p, nn.Conv2d))
 
     @property
     def image_size(self) -> tuple[int, int]:
