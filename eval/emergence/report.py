@@ -29,10 +29,6 @@ _FIGURES = (
     "Grids show freely licensed photographs from Python packages, at {size} px, and the models of the first seed. "
     "The photographs were chosen by licence before the runs. No model was trained on them."
 )
-_CITED = {  # column of the paper's numbers → its cell for a row of the paper's Table 2, {} for other models
-    "paper, VOC": lambda row: row.get("VOC mIoU"),
-    "paper, COCO: box AP50 / AP": lambda row: f"{row['box AP50']} / {row['box AP']}" if row else None,
-}
 
 
 def write_report(report: Path, protocol: Protocol, size: str) -> Path:
@@ -136,11 +132,9 @@ def _pair_rows(results: Results, columns: Columns) -> list[dict]:
     return rows
 
 
-def _with_twins(results: Results, measures: Sequence[str], cited: str | None = None) -> list[dict]:
-    """Return rows at the paper's layer: the trained models, with a column of `_CITED`, and their untrained twins."""
+def _with_twins(results: Results, measures: Sequence[str]) -> list[dict]:
+    """Return rows at the paper's layer: the trained models and their untrained twins."""
     rows, twins = (_rows(results, {name: at_checkpoint(name, index) for name in measures}) for index in (-1, 0))
-    for row in rows if cited else ():
-        row[cited] = _CITED[cited](paper.find("table2", row["model"]))
     return rows + [{**row, "model": f"{row['model']}, untrained"} for row in twins]
 
 
@@ -189,8 +183,12 @@ def _boxes(results: Results) -> str:
 
 def _masks(results: Results) -> list[str]:
     """Return the sections of the photographs with masks."""
-    rows = _with_twins(results, MASKED, "paper, VOC") + _baseline_rows(results, "masks")
-    detected = _with_twins(results, MASKCUT, "paper, COCO: box AP50 / AP")
+    rows = _with_twins(results, MASKED) + _baseline_rows(results, "masks")
+    detected = _with_twins(results, MASKCUT)
+    for row, other in zip(rows, detected, strict=False):
+        cited = paper.find("table2", row["model"])  # {} for an untrained model
+        row["paper, VOC"] = cited.get("VOC mIoU")
+        other["paper, COCO: box AP50 / AP"] = f"{cited['box AP50']} / {cited['box AP']}" if cited else None
     scored, size = results.last_of_crate["masks"]["ap"], results.protocol.mask_size
     return [
         "## Coarse segmentation (Fig. 4, Table 2)",
