@@ -155,7 +155,9 @@ def as_run_lengths(content, annotation):
         runs = [0] * int(pixels[0, 0]) + [len([*run]) for _, run in itertools.groupby(pixels.ravel("F"))]
         entry["segmentation"] = {"size": [40, 60], "counts": runs}
         if number % 2:  # with empty runs, which other programs write
-            code = rle.frPyObjects(entry["segmentation"] | {"counts": [runs[0], 0, 0, *runs[1:]]}, 40, 60)["counts"]
+            code = rle.frPyObjects(entry["segmentation"] | {"counts": [runs[0], 0, 0, *runs[1:], 0, 0]}, 40, 60)[
+                "counts"
+            ]
             entry["segmentation"]["counts"] = code.decode()
 
 

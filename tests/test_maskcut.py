@@ -22,6 +22,7 @@ from crate_fast.errors import UserError
 from crate_fast.eval import maskcut as protocol
 from crate_fast.eval.common import normalized_cut
 from crate_fast.eval.common.coco import class_agnostic_scores, detections_of, enlarge, index_of
+from crate_fast.eval.common.images import SceneImages
 from crate_fast.eval.common.normalized_cut import exact_fp32
 from crate_fast.eval.maskcut import maskcut
 
@@ -209,6 +210,9 @@ def test_average_precision_equals_pycocotools_with_one_category(folder):
         assert 0 < ours[kind]["AP"] < 1
     perfect = [detection for given in masks for detection in detections_of(*given)]
     assert class_agnostic_scores(coco, perfect, ids)["segm"]["AP"] == pytest.approx(1.0)
+    scenes = SceneImages(64, 3)
+    perfect = [found for i in range(3) for found in detections_of(scenes[i].target.masks.numpy(), i)]
+    assert class_agnostic_scores(scenes.coco, perfect, range(3))["segm"]["AP"] == pytest.approx(1.0)
     nothing = class_agnostic_scores(coco, [], ids)
     assert nothing["bbox"]["AP"] == nothing["segm"]["AR100"] == 0
     assert nothing["bbox"]["APl"] == -1  # pycocotools' value if no object is that large
