@@ -255,6 +255,11 @@ class TestHuggingFace:
         assert "neither bytes nor a path" in batch.problems[0]
         assert len(next(iter(train_loader(config, data.train))).images) == 5
 
+    def test_image_files_are_opened_by_their_paths(self, hub, tmp_path):
+        write_tree(tmp_path, {f"train/{name}/{i}.jpg": _jpeg(i) for i, name in enumerate(("ant", "bee"))})
+        source = open_source(config_of(tmp_path, "hf"), True)
+        assert (source.classes, [source[i][1] for i in range(2)]) == (("ant", "bee"), [0, 1])
+
     @pytest.mark.parametrize(
         ("columns", "message"),
         [
