@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from crate_fast.errors import UserError
 
 TIMM_NAMES = {  # timm's name: name in the released code
@@ -60,11 +62,12 @@ def _plain(value: Any) -> Any:
 
 
 def takes_timm_names(init: Callable) -> Callable:
-    """Make a constructor accept arguments under timm's names too."""
+    """Make a constructor accept arguments under timm's names too, and numbers of NumPy."""
 
     @functools.wraps(init)
     def renaming(self, **arguments):
-        init(self, **rename_arguments(arguments, TIMM_NAMES))
+        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in arguments.items()}
+        init(self, **rename_arguments(plain, TIMM_NAMES))
 
     return renaming
 

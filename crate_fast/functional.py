@@ -161,7 +161,8 @@ def compress(
     tensor([[[ 2.0000, -2.0000]]])
     """
     check_positive(heads=heads)
-    check_tensor("x", x, "[B, N, C]", isinstance(x, Tensor) and x.dim() == 3)
+    fits = isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] > 0
+    check_tensor("x", x, "[B, N, C] with N at least 1", fits)
     width = x.shape[-1]
     inner = projection.shape[0] if isinstance(projection, Tensor) and projection.dim() == 2 else 0
     fits = inner > 0 and projection.shape[1] == width and inner % heads == 0

@@ -163,9 +163,7 @@ def _normal(shape, generator, device, dtype, spread: float = 1.0, mean: float = 
     return values.to(device).to(dtype)
 
 
-PROBLEMS: dict[
-    str, Callable[..., Problem]
-] = {  # kernel family: (sizes, dtype, autocast, device, generator) → problem
+PROBLEMS = {  # kernel family: (sizes, dtype, autocast, device, generator) → problem
     "attention": _attention,
     "ista": _ista,
     "norm_ista": _norm_ista,

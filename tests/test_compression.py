@@ -147,6 +147,7 @@ WRONG_INPUTS = [
     (0, lambda t: t[0], ValueError, "x has shape"),
     (1, lambda t: t[1:], ValueError, "weight has shape"),
     (2, lambda t: None, TypeError, "bias is a NoneType"),
+    (0, lambda t: t[:, :0], ValueError, "x has shape"),
     (3, lambda t: t[1:], ValueError, "projection has shape"),
     (3, lambda t: t[:0], ValueError, "projection has shape"),
     (4, lambda t: t.t()[1:], ValueError, "output has shape"),

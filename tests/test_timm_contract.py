@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -160,7 +161,8 @@ def test_our_names_and_timms_names_build_the_same_models():
     for names in (ours, timms):
         assert _shapes(timm.create_model("crate_tiny_patch16_224", **names, **rest, num_classes=7)) == _shapes(one)
         assert _shapes(CRATE_tiny(7, **names, **rest)) == _shapes(one)
-    equal = CRATE(**SMALL, image_size=(32, 32), img_size=32, pool="cls", global_pool="token", heads=None)
+    same = {"image_size": (32, 32), "img_size": np.int64(32), "pool": "cls", "global_pool": "token", "heads": None}
+    equal = CRATE(**SMALL, **same)
     assert (equal.image_size, equal.pool, equal.transformer.heads) == ((32, 32), "cls", 3)
 
 
