@@ -115,6 +115,7 @@ def test_training_can_start_from_the_demo_checkpoint(tmp_path, frozen):
     path = str(tmp_path / "demo.pth")
     state = _demo_file(path)
     assert num_classes_of(state) == 7
+    assert num_classes_of({"head.fc.weight": torch.ones(3, 9), "head.pre_logits.fc.weight": torch.ones(9, 9)}) == 3
     config = tiny_config(init=path, frozen=frozen, head="keep" if frozen else "new")
     model = build_model(config, 12)
     assert "new classifier (7 → 12 classes)" in load_initial(model, config)

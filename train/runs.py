@@ -124,8 +124,10 @@ def num_classes_of(weights: dict) -> int:
     """Return the number of classes in a state dict of a CRATE or timm model; 0 if it has no classifier."""
     weights = unwrap_state_dict(weights)  # renames the demo checkpoint's `head` to mlp_head.2
     heads = [name for name in weights if name.startswith(("mlp_head.", "head.", "fc.")) and name.endswith("weight")]
-    matrices = [weights[name] for name in sorted(heads) if weights[name].dim() == 2]
-    return matrices[-1].shape[0] if matrices else 0
+    matrices = [name for name in heads if weights[name].dim() == 2]
+    # MaxViT's hidden layer, head.pre_logits.fc, has a longer name than its classifier, head.fc
+    last = max(matrices, key=lambda name: (-name.count("."), name), default=None)
+    return 0 if last is None else len(weights[last])
 
 
 def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, TrainConfig, int]:
