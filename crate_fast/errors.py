@@ -81,9 +81,9 @@ def require(*packages: str) -> None:
 def run_command(command: Callable[..., int | None], *arguments: Any) -> int:
     """Run a command; print a `UserError` as one line on stderr, without a traceback.
 
-    System errors, such as a full disk or missing permissions, are printed in the same way. All other exceptions are
-    bugs and propagate. Under torchrun, rank 0 prints, and each rank writes the message to the error file of its
-    process, which torchrun shows at the end of its report.
+    System errors, such as a full disk, missing permissions or too little memory, are printed in the same way. All
+    other exceptions are bugs and propagate. Under torchrun, rank 0 prints, and each rank writes the message to the
+    error file of its process, which torchrun shows at the end of its report.
 
     Returns:
         The exit status that the command returned, 0 for None; 2 after an error, 130 after Ctrl-C, 141 if the reader
@@ -100,6 +100,11 @@ def run_command(command: Callable[..., int | None], *arguments: Any) -> int:
         if package not in _EXTRA_OF:
             raise
         message = str(missing_package(package))
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0][:300]
+        if isinstance(error, RuntimeError) and not re.search("out of memory|t allocate memory", reason):
+            raise
+        message = f"too little memory ({reason}): use a smaller batch or image size"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

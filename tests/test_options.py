@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from crate_fast import export
 from crate_fast.cli import COMMANDS, GROUPS
-from crate_fast.errors import UserError
+from crate_fast.errors import UserError, run_command
 from crate_fast.eval import by_layer, comparison
 from crate_fast.eval.emergence.protocol import MODELS, SIZES
 from crate_fast.options import PARSERS, parse
@@ -232,6 +233,13 @@ def test_ctrl_c_and_the_end_of_the_reader_are_no_tracebacks(command, status, sai
     )
     process.stdout.close()
     assert (process.stderr.read(), process.wait()) == (said, status)
+
+
+def test_too_little_memory_is_a_one_line_error(capsys):
+    assert run_command(torch.empty, 10**16) == 2
+    assert re.fullmatch("error: too little memory .*: use a smaller batch or image size\n", capsys.readouterr().err)
+    with pytest.raises(RuntimeError, match="shape"):
+        run_command(torch.ones(3).view, 2)
 
 
 def test_the_error_is_in_torchruns_report(tmp_path, monkeypatch, capsys):
