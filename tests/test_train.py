@@ -146,7 +146,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
     for step in range(1, 7):
         _save(tmp_path, step, step)
         if step == 2:
-            (tmp_path / checkpoint.BEST).write_text('{"step": 2, "val_accuracy": 0.9}')
+            checkpoint.record_best(tmp_path, {"step": step, "val_accuracy": 0.9})
         checkpoint.rotate(tmp_path, 2)
     assert (checkpoint.steps(tmp_path), checkpoint.best_step(tmp_path)) == ([2, 5, 6], 2)
 

@@ -194,6 +194,11 @@ def _problem(folder: Path) -> str | None:
     return None
 
 
+def record_best(root: Path, best: dict) -> None:
+    """Record the best checkpoint so far: `best` holds its "step" and its scores."""
+    write_text(root / BEST, json.dumps(best))
+
+
 def best_step(root: Path) -> int | None:
     """Return the step of the best checkpoint; None if none is recorded or that checkpoint was deleted."""
     path = root / BEST
@@ -377,10 +382,10 @@ class RunFolder:
         self.saved = step
 
     def mark_best(self, best: dict) -> None:
-        """Record the entry of the best evaluation in best.json, and delete the previous best checkpoint."""
+        """Record the entry of the best evaluation, and delete the previous best checkpoint."""
         if self.processes.first:
             with writing(self.checkpoints):
-                write_text(self.checkpoints / BEST, json.dumps(best))
+                record_best(self.checkpoints, best)
                 rotate(self.checkpoints, self.config.keep_checkpoints)
 
     def close(self) -> None:

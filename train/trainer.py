@@ -149,7 +149,7 @@ class Trainer:
             self.restore(*saved[:3])
         if self.processes.first:
             if best := self.best():  # a run killed right after an evaluation has not recorded it
-                self.run.mark_best(best)
+                checkpoint.record_best(self.run.checkpoints, best)
             how = f" ({self.config.parallel})" if self.processes.world_size > 1 else ""
             parameters = sum(p.numel() for p in self.model.parameters())
             where = f"from step {self.step}" if self.step else f"from {self.started_from}"
