@@ -1,6 +1,7 @@
 """Checks of arguments, and the argument names of the released code and of timm."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -88,10 +89,10 @@ def check_rates(**rates: float) -> None:
 
 
 def check_not_negative(**values: float) -> None:
-    """Raise a UserError unless all values are at least 0."""
+    """Raise a UserError unless all values are finite and at least 0."""
     for name, value in values.items():
-        if not value >= 0:
-            raise UserError(f"{name}={value}: it must be at least 0")
+        if not 0 <= value < math.inf:
+            raise UserError(f"{name}={value}: give a finite number of at least 0")
 
 
 def check_positive(**sizes: int) -> None:

@@ -358,6 +358,7 @@ W, X = torch.zeros(1, 2, 3, 4), torch.zeros(3, 4)
         (lambda: ista(X, torch.zeros(4, 4), sparsity=float("nan")), ValueError, "sparsity=nan"),
         (lambda: ista(X, torch.zeros(4, 4, device="meta")), ValueError, "dictionary is on meta"),
         (lambda: subspace_attention(W, -1.0), ValueError, "scale=-1.0"),
+        (lambda: subspace_attention(W, float("inf")), ValueError, "scale=inf: give a finite number"),
         (lambda: ista(X, torch.zeros(4, 4), norm=(torch.zeros(3), torch.zeros(4), 0.0)), ValueError, "weight"),
         (lambda: ista(X, torch.zeros(4, 4), norm=(torch.zeros(4), None, 0.0)), TypeError, "bias"),
     ],

@@ -172,6 +172,7 @@ def as_run_lengths(content, annotation):
         lambda content, _: content["annotations"].append({"id": 9, "image_id": 77}),  # no such image
         lambda _, annotation: annotation["segmentation"].insert(0, [30, 30, 40, 40]),  # a polygon of two points
         lambda _, annotation: annotation.update(bbox=[], area=None, iscrowd=None),
+        lambda content, _: content["annotations"].append(coco_box(9, 5, 2, 7, 7, 0, 0)),  # without area
     ],
 )
 def test_coco_masks_are_unions_crowds_are_void_and_missing_values_are_computed(tmp_path, capsys, change):
@@ -180,6 +181,7 @@ def test_coco_masks_are_unions_crowds_are_void_and_missing_values_are_computed(t
     assert (images.keys(), target.classes, images.class_names()) == ([5], [2, 7], {2: "cat", 7: "dog"})
     assert target.masks.sum(dim=(1, 2)).tolist() == [400, 600]
     assert (~target.valid).sum() == 100
+    assert len(target.boxes) == 3
     boxes = [[0, 0, 20, 20], [10, 0, 20, 20], [40, 20, 20, 20], [0, 30, 10, 10]]
     assert [entry["bbox"] for entry in entries] == boxes
     assert [entry["area"] for entry in entries] == [400, 400, 400, 100]

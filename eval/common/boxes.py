@@ -10,7 +10,7 @@ import torch
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.coco import coco_content, finite
-from crate_fast.eval.common.images import ImageFiles, Target
+from crate_fast.eval.common.images import ImageFiles, Target, with_area
 
 _Entry = tuple[tuple[int, int] | None, list[list[float]]]  # height and width or None; boxes: left, top, right, bottom
 _RATIO = 0.02  # tolerated relative difference of aspect ratios; above it, the image is no resized copy
@@ -69,9 +69,8 @@ class BoxedImages(ImageFiles):
             [width / columns, height / rows, width / columns, height / rows], dtype=torch.float64
         )
         corners = corners.minimum(torch.tensor([width, height, width, height])).clamp(min=0)
-        visible = (corners[:, 2:] > corners[:, :2]).all(dim=1)
         empty = torch.zeros(0, *size, dtype=torch.bool)
-        return Target([], empty, torch.ones(size, dtype=torch.bool), corners[visible])
+        return Target([], empty, torch.ones(size, dtype=torch.bool), with_area(corners))
 
 
 def _read_json(path: Path) -> dict[str, _Entry]:

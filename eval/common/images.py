@@ -110,6 +110,12 @@ def squash(picture: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
 
 
+def with_area(boxes: Tensor) -> Tensor:
+    """Return those of the boxes (left, top, right, bottom) that have an area: [K, 4]."""
+    boxes = boxes.reshape(-1, 4)
+    return boxes[(boxes[:, 2:] > boxes[:, :2]).all(dim=1)]
+
+
 def box_corners(masks: Tensor) -> Tensor:
     """Return boxes [n, 4] of non-empty boolean masks [n, H, W]: left, top, right, bottom, the last two exclusive."""
     return (masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])).int()
@@ -251,8 +257,7 @@ class CocoImages(ImageFiles):
                 masks[annotation["category_id"]] = masks.get(annotation["category_id"], False) | pixels
         classes = sorted(masks)
         stacked = torch.from_numpy(np.array([masks[c] for c in classes], bool).reshape(-1, *size))
-        corners = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
-        return Target(classes, stacked, torch.from_numpy(~void), corners)
+        return Target(classes, stacked, torch.from_numpy(~void), with_area(torch.tensor(boxes, dtype=torch.float64)))
 
     def class_names(self) -> dict[int, str]:
         return {number: category["name"] for number, category in self.coco.cats.items()}
