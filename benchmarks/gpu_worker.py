@@ -186,6 +186,7 @@ def _model_items() -> tuple[list[dict], list[dict]]:
     compiled.sort(key=lambda name: not name.startswith(VIT))  # the peer of the goal first
     beside = [item("crate", "B/16", TRAINING, [OURS, name]) for name in compiled]
     models = [item("crate", "B/16", TRAINING, plain), *beside[:1], item("crate", "B/8", TRAINING, plain), *beside[1:]]
+    models += [item("crate", "α-B/16", TRAINING, [OURS, RELEASED + COMPILED])]
     models += [profiled]  # last: the profiler may stay attached
     more = [item("crate", "B/16", INFERENCE, plain)]
     more += [item("growth", n, what, PEERS["growth"]) for what in (INFERENCE, TRAINING) for n in GROWTH]
