@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import sys
 import tarfile
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from PIL import Image
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data.image_files import EXTENSIONS, Unreadable
+from crate_fast.train.data.image_files import EXTENSIONS, Unreadable, describe
 from crate_fast.train.data.loader import build_splits, eval_loader, open_source, train_loader
 from crate_fast.train.data.sources import common_classes, nothing_outside
 
@@ -153,6 +154,7 @@ LAYOUTS = {
         *("Dog/1.png", "class10/a.png", "class2/b.png", "class2/img_10.png", "class2/img_2.png"),
         *("a-b/10.jpg", "a-b/9.jpg", "a/z/c.PNG", "a/z/c.webp", "a/c.TIFF", "a/c.bmp", "a/c.pgm", "a/b-c/d.jpg"),
     ],
+    "not UTF-8": [os.fsdecode(b"caf\xe9/x.jpg"), "dog/y.jpg"],
     "in a folder of the archive's name": ["train/cat/indoor/x.jpg", "train/cat/b.jpg", "./train/dog/y.jpg"],
     "hidden files": [
         *("./cat/x.jpg", "./cat/._x.jpg", "./._cat/x.jpg", ".git/x.jpg", "dog/.ipynb_checkpoints/x.jpg", "dog/y.jpg"),
@@ -179,6 +181,9 @@ def test_folders_and_archives_have_the_same_classes_and_order(tmp_path, layout):
         assert [(folder.name(i), folder.open(i)[1]) for i in range(len(folder))] == theirs.samples
     if layout == "hidden files":
         assert len(folder) == 2
+    if layout == "not UTF-8":
+        assert folder.classes == ("caf\\udce9", "dog")
+        assert describe(folder.name(0), ValueError("cut")).endswith("caf\\udce9/x.jpg: ValueError: cut")
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def _write(options: argparse.Namespace) -> None:
     partial.mkdir(parents=True)
     for split, source in {config.train_split: train, config.val_split: val}.items():
         problems += _write_split(source, partial / split, options)
-    (partial / "classes.txt").write_bytes(class_lines.encode("utf-8", "replace"))
+    (partial / "classes.txt").write_bytes(class_lines.encode())
     partial.rename(options.output)
     print(f"written: {options.output}; unreadable images left out: {len(problems)}")
     print("".join(f"  {line}\n" for line in problems), end="")

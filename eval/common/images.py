@@ -37,6 +37,7 @@ from crate_fast.train.data.image_files import (
     EXTENSIONS,
     UNREADABLE,
     as_stored,
+    as_text,
     describe,
     find_images,
     open_image,
@@ -136,8 +137,7 @@ class ImageFiles(Dataset):
         if not tree.names:
             raise UserError(f"{root} holds no images ({', '.join(EXTENSIONS)}): pass a folder with images")
         paths = sorted(map(Path, tree.names))
-        names = [str(path).encode("utf-8", "backslashreplace").decode() for path in paths]  # results are UTF-8
-        self.items = [(name, root / path) for name, path in zip(names, paths, strict=True)]
+        self.items = [(as_text(str(path)), root / path) for path in paths]  # results are UTF-8
 
     def __len__(self) -> int:
         return len(self.items)

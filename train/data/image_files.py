@@ -48,7 +48,12 @@ class Unreadable(OSError):
 
 def describe(image: str, error: Exception) -> str:
     """Return the log line of a corrupt image: "path: error: reason"."""
-    return f"{image}: {type(error).__name__}: {error}"
+    return as_text(f"{image}: {type(error).__name__}: {error}")
+
+
+def as_text(name: str) -> str:
+    """Return a file's name with escapes for bytes that are not UTF-8, which can be neither written nor drawn."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 # --- finding files
@@ -107,7 +112,7 @@ class ImageTree:
             )
         classes = tuple(sorted(set(of_images)))
         numbers = {name: number for number, name in enumerate(classes)}
-        return classes, np.array([numbers[name] for name in of_images], np.int64)
+        return tuple(map(as_text, classes)), np.array([numbers[name] for name in of_images], np.int64)
 
     def remarks(self) -> list[str]:
         """Return warnings about ignored image files, and about a single class that holds folders."""
