@@ -178,7 +178,7 @@ def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(tmp_p
         (["--train-samples", "96"], "the training split has 96 images, fewer than batch_size=128"),
         (["--heads", "7"], "heads=7 does not divide dim=128: choose another number of heads"),
         (["--recipe", "RECIPE"], "is not valid YAML: while parsing"),
-        (["--resume"], "--resume needs the folder of the run to continue: pass --output"),
+        (["--output", "", "--resume"], "--resume needs the folder of the run to continue: pass --output"),
         (["--crop", "random"], "crop='random' has no effect on dataset='shape_scenes', which generates its images"),
         (["--recipe", "SCENES"], "crop_scale=0.5 has no effect on dataset='shape_scenes'"),
         (["--recipe", "cifar10", "--data-dir", "x", "--crop-scale", "0.5"], "crop_scale=0.5 needs crop='random'"),

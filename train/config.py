@@ -407,7 +407,7 @@ def train_command(
 
     def train(argv: list[str] | None) -> int:
         config, options = build_config(argv, description, recipe, prog=f"crate-fast {name}", adjust=adjust)
-        if options.output is None and options.resume:
+        if options.resume and not options.output:
             raise UserError("--resume needs the folder of the run to continue: pass --output FOLDER")
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
         if restarts and not options.resume and not options.dry_run:
