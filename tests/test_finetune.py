@@ -14,6 +14,7 @@ from crate_fast.errors import UserError
 from crate_fast.eval.common.models import open_model
 from crate_fast.train import finetune, linear_probe, pretrain, share
 from crate_fast.train.config import TrainConfig, build_config, dump_config
+from crate_fast.train.data.loader import check_batch
 from crate_fast.train.optimizer import build_optimizer
 from crate_fast.train.runs import build_model, load_initial, num_classes_of, run_config
 
@@ -221,6 +222,8 @@ def test_lars_by_hand():
     torch.testing.assert_close(linear.bias.detach(), bias)
 
 
-def test_a_linear_probe_refuses_to_train_the_model(source, refuses):
+def test_a_linear_probe_refuses_to_train_the_model_or_on_single_images(source, refuses):
     words = ["--init", str(source), "--data-dir", "x", "--no-frozen"]
     refuses("a linear probe trains only the classifier", linear_probe.main, words)
+    with pytest.raises(UserError, match="batch_size=3: .* at least 2 images .*; make it at least 6"):
+        check_batch(TrainConfig(frozen=True, batch_size=3, accumulate=3), 100, 1)

@@ -187,12 +187,17 @@ def _train_keys(
 
 
 def check_batch(config: TrainConfig, n_images: int, world_size: int) -> None:
-    """Raise a `UserError` if the training split is smaller than a batch, or the batch cannot be split equally."""
+    """Raise a `UserError` if the training split is smaller than a batch, or the batch cannot be split."""
     share = config.accumulate * world_size
     if config.batch_size % share:
         raise UserError(
             f"batch_size={config.batch_size} cannot be divided among {world_size} processes × {config.accumulate} "
             f"accumulation steps: make it a multiple of {share}"
+        )
+    if config.frozen and config.batch_size == share:
+        raise UserError(
+            f"batch_size={config.batch_size}: a linear probe's BatchNorm needs at least 2 images per process and "
+            f"accumulation step; make it at least {2 * share}"
         )
     if n_images < config.batch_size:
         raise UserError(
