@@ -102,9 +102,10 @@ def run_command(command: Callable[..., int | None], *arguments: Any) -> int:
         message = str(missing_package(package))
     except (MemoryError, RuntimeError) as error:
         reason = str(error).partition("\n")[0][:300]
-        if isinstance(error, RuntimeError) and not re.search("out of memory|t allocate memory", reason):
+        lacking = "out of memory|t allocate memory|^DataLoader worker"  # workers are killed, mostly for memory
+        if isinstance(error, RuntimeError) and not re.search(lacking, reason):
             raise
-        message = f"too little memory ({reason}): use a smaller batch or image size"
+        message = f"too little memory ({reason}): use a smaller batch or image size, or fewer workers"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -2,13 +2,16 @@
 
 import argparse
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.utils.data import DataLoader
 
 from crate_fast import export
 from crate_fast.cli import COMMANDS, GROUPS
@@ -236,8 +239,14 @@ def test_ctrl_c_and_the_end_of_the_reader_are_no_tracebacks(command, status, sai
 
 
 def test_too_little_memory_is_a_one_line_error(capsys):
+    class Killed(list):
+        def __getitem__(self, _index):
+            os.kill(os.getpid(), signal.SIGKILL)
+
     assert run_command(torch.empty, 10**16) == 2
-    assert re.fullmatch("error: too little memory .*: use a smaller batch or image size\n", capsys.readouterr().err)
+    assert run_command(next, iter(DataLoader(Killed([0]), num_workers=1))) == 2
+    lines = "(error: too little memory .*: use a smaller batch or image size, or fewer workers\n){2}"
+    assert re.fullmatch(lines, capsys.readouterr().err)
     with pytest.raises(RuntimeError, match="shape"):
         run_command(torch.ones(3).view, 2)
 
