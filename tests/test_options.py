@@ -226,7 +226,7 @@ def test_bad_recipes_are_errors(tmp_path):
     ("command", "status", "said"),
     [
         ("print('x' * 10**6)", 141, "the reader of the output has ended\n"),
-        ("signal.raise_signal(2)", 130, "interrupted\n"),
+        ("signal.default_int_handler(2, None)", 130, "interrupted\n"),
     ],
 )
 def test_ctrl_c_and_the_end_of_the_reader_are_no_tracebacks(command, status, said):
