@@ -298,6 +298,11 @@ def test_another_model_is_trained_into_the_same_folder(finished, photographs, tm
     of_crate, others = ([row for row in page.splitlines() if row.startswith("| CRATE |")] for page in (before, text))
     assert of_crate == others != []
     assert run_config(copy / "runs" / "photographs-CRATE-alpha-seed0" / "stage0").sparsifier == "odl"
+    for path in (copy / "report" / "results").glob("photographs-ViT-*"):
+        path.unlink()
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "the report follows when CRATE and ViT have a common seed" in capsys.readouterr().out
 
 
 def test_the_untrained_model_has_the_runs_initial_weights(finished, tmp_path):

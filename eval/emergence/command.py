@@ -11,6 +11,7 @@ from crate_fast.eval.common.results import claim
 from crate_fast.eval.emergence.data import prepare_photographs
 from crate_fast.eval.emergence.protocol import SIZES, Protocol
 from crate_fast.eval.emergence.report import write_report
+from crate_fast.eval.emergence.results import Results
 from crate_fast.eval.emergence.runs import Folders, Resources, run_experiment
 from crate_fast.options import main_of
 
@@ -33,6 +34,11 @@ def _command(options: argparse.Namespace) -> None:
         runs = protocol.planned_runs(options.models, options.seeds)
         if not run_experiment(runs, protocol, folders, Resources(options.device, options.jobs), options.minutes):
             print("stopped; the same command continues")
+            return
+        if not Results.load(folders.report, protocol).seeds:
+            print(
+                f"written:\n  {folders.report / 'results'}\nthe report follows when CRATE and ViT have a common seed"
+            )
             return
     print(f"written:\n  {write_report(folders.report, protocol, options.size)}")
 
