@@ -168,6 +168,7 @@ def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(tmp_p
             "but parallel='fsdp' moves them: use compile_mode='default', or parallel='ddp'",
         ),
         (["--batch-size", "10", "--accumulate", "3"], "not a multiple of accumulate=3"),
+        (["--warmup-epochs", "9"], "warmup_epochs=9 is above epochs=2, so"),
         (["--min-lr", "0.1"], "min_lr=0.1 is above the peak learning rate 0.003: lower min_lr"),
         (["--threads", "100000"], "threads=100000: it must be at least 0, and at most 1024"),
         (["--device", "meta"], "device='meta' cannot be used here: choose auto, cpu"),

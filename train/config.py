@@ -247,6 +247,8 @@ class TrainConfig:
         not_compiled = self.compile_mode != "default" and not self.compile
         refused = {
             f"min_lr={self.min_lr} is above the peak learning rate {peak:g}: lower min_lr": self.min_lr > peak,
+            f"warmup_epochs={self.warmup_epochs:g} is above epochs={self.epochs}, so the learning rate never reaches "
+            "its peak: lower warmup_epochs": self.warmup_epochs > self.epochs,
             f"{size} accumulate={self.accumulate}: change one of them": self.batch_size % self.accumulate,
             f"{size} repeats={self.repeats}: change one of them": self.batch_size % self.repeats,
             "frozen=True trains only a linear classifier: leave out mixup, cutmix and layer_decay": with_probe,
