@@ -287,6 +287,12 @@ def test_bad_arguments_of_the_writer_are_errors(folder, words, message, refuses)
     refuses(message, write_shards.main, [*folder, *words])
 
 
+def test_after_an_error_the_writer_leaves_no_files(folder, refuses):
+    write_tree(Path("data"), {path.relative_to("data").as_posix(): b"" for path in Path("data/val").rglob("*.*g")})
+    refuses("none of the 8 images of val can be read; the first error: .*0.jpg", write_shards.main, folder)
+    assert [path.name for path in Path().iterdir()] == ["data"]
+
+
 def test_a_killed_writing_process_is_an_error(tmp_path):
     class Deadly(list):
         def __reduce__(self):

@@ -116,10 +116,13 @@ def _write(options: argparse.Namespace) -> None:
     partial = options.output.with_name(f".{options.output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed command
     partial.mkdir(parents=True)
-    for split, source in {config.train_split: train, config.val_split: val}.items():
-        problems += _write_split(source, partial / split, options)
-    (partial / "classes.txt").write_bytes(class_lines.encode())
-    partial.rename(options.output)
+    try:
+        for split, source in {config.train_split: train, config.val_split: val}.items():
+            problems += _write_split(source, partial / split, options)
+        (partial / "classes.txt").write_bytes(class_lines.encode())
+        partial.rename(options.output)
+    finally:  # after an error, such as a full disk, nothing stays
+        shutil.rmtree(partial, ignore_errors=True)
     print(f"written: {options.output}; unreadable images left out: {len(problems)}")
     print("".join(f"  {line}\n" for line in problems), end="")
 
