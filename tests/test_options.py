@@ -175,6 +175,10 @@ def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(tmp_p
         (["--optimizer", "fusedadam", "--train-samples", "128"], "optimizer='fusedadam' cannot be used here"),
         (["--optimizer", "qqqq"], "optimizer='qqqq': timm has no such optimiser"),
         (["--optimizer", "madgrad"], "could not be resumed: choose another"),
+        (
+            ["--optimizer", "cadamw", "--parallel", "fsdp"],
+            "optimizer='cadamw' needs whole weights: pass --parallel ddp",
+        ),
         (["--optimizer", "adahessian"], "second derivatives"),
         (["--model", "vit_tiny_patch16_224.nope"], "did you mean 'vit_tiny_patch16_224'?"),
         (["--model", "resnet18"], "models without img_size cannot be trained here"),

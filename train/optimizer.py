@@ -1,6 +1,7 @@
 """timm's optimisers, the learning rate of each step, and gradient clipping."""
 
 import math
+import re
 
 import timm.optim.muon
 import torch
@@ -19,6 +20,7 @@ _REFUSED = {
         "keeps state that a checkpoint cannot store, so a run could not be resumed",
     ),
 }
+_NEEDS_WHOLE_WEIGHTS = re.compile("c.+|adafactor|adamp|kron.*|mars|n?adamuon|novograd.*|sgdp")  # fail or hang in FSDP
 _orthogonalize = timm.optim.muon.zeropower_via_newtonschulz
 
 
@@ -46,6 +48,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         raise UserError(f"optimizer={name!r}{nearest(name, known) or ': timm has no such optimiser'}")
     if name in _REFUSED:
         raise UserError(f"optimizer={name!r} {_REFUSED[name]}: choose another, such as adamw")
+    if config.parallel == "fsdp" and _NEEDS_WHOLE_WEIGHTS.fullmatch(name):
+        raise UserError(f"optimizer={name!r} needs whole weights: pass --parallel ddp, or another, such as adamw")
     betas = {} if config.beta2 is None else {"betas": (0.9, config.beta2)}
     info = get_optimizer_info(name)
     if betas and not (info.has_betas and info.num_betas == 2):  # timm would ignore them
