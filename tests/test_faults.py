@@ -148,7 +148,10 @@ def test_only_one_run_at_a_time_writes_a_folder(tmp_path, refuses):
     first.communicate()
 
 
-def test_a_run_is_continued_only_on_request(whole, monkeypatch, refuses):
+def test_a_run_is_continued_only_on_request(whole, tmp_path, monkeypatch, refuses):
+    words = [*TINY, "--output", str(tmp_path), "--resume"]
+    (tmp_path / "summary.json").touch()
+    refuses("holds a finished run without checkpoints: pass another --output", pretrain.main, words)
     words = [*TINY, "--output", str(whole), *EVERYTHING]
     refuses("holds a run at step 12: pass --resume to continue it", pretrain.main, words)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")

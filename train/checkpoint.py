@@ -302,6 +302,8 @@ class RunFolder:
             raise UserError(
                 f"{self.folder} holds a run at step {step}: pass --resume to continue it, or another --output"
             )
+        if step is None and (self.folder / "summary.json").is_file():  # a new run would replace its results
+            raise UserError(f"{self.folder} holds a finished run without checkpoints: pass another --output")
         saved = None if step is None else load(self.checkpoints, step)
         if saved is not None:
             self._check_same_run(saved.manifest)
