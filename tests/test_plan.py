@@ -181,7 +181,7 @@ def test_images_of_an_existing_folder_are_counted(tmp_path, planned):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--dataset folder --images 500", "train does not exist .*pass --images N and --classes N"),
+        ("--recipe finetune_pets --dataset folder --images 500", "train does not exist .*--images N and --classes N"),
         ("--gpus 3", "batch_size=128 cannot be divided among 3 processes × 1 accumulation steps: make it a multiple"),
         ("--optimizer lyon", "lyon"),
         (

@@ -22,6 +22,7 @@ from crate_fast.errors import UserError
 from crate_fast.kernels import assuming_gpu
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.loader import build_splits, check_batch
+from crate_fast.train.data.sources import TORCHVISION
 from crate_fast.train.distributed import layers_of
 from crate_fast.train.optimizer import build_optimizer
 from crate_fast.train.runs import build_model
@@ -140,7 +141,8 @@ def _saved_bytes(model: nn.Module, config: TrainConfig, batch: int, device: str,
 def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict[str, float]:
     """Return the lines that `crate-fast plan` prints; `options` are the options of that command."""
     images, classes = options.images, options.classes
-    known = [name for name in (config.dataset, *Path(options.recipe).stem.split("_")) if name in KNOWN_SIZES]
+    of_recipe = {*Path(options.recipe).stem.split("_")} - TORCHVISION.keys()  # these only by config.dataset
+    known = [name for name in (config.dataset, *of_recipe) if name in KNOWN_SIZES]
     if config.dataset == "shape_scenes" or (config.dataset not in KNOWN_SIZES and Path(config.data_dir).is_dir()):
         known = []  # the data are here
     if known:
