@@ -24,7 +24,7 @@ from crate_fast.eval.white_box import trend
 from crate_fast.train.checkpoint import write_text
 
 Columns = dict[str, Callable[[dict], float | None]]  # column → function of a result
-_PAIRS = (*itertools.pairwise(ORDER), ("CRATE", "ViT"))
+_PAIRS = tuple(itertools.combinations(ORDER, 2))
 _FIGURES = (
     "Grids show freely licensed photographs from Python packages, at {size} px, and the models of the first seed. "
     "The photographs were chosen by licence before the runs. No model was trained on them."
@@ -40,16 +40,17 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
             "continue the experiment with these models"
         )
     figures = draw(results, load_pictures(report, protocol), report / "figures")
-    beside = (report / "protocol.md").is_file()
+    beside, discussion = (report / "protocol.md").is_file(), report / "discussion.md"  # both written by hand
     protocol_page = "[protocol.md](protocol.md)" if beside else "docs/emergence/photographs/protocol.md"
     parts = [
         f"# Emergence on photographs: results ({size})",
         "Written by `crate-fast reproduce emergence` from the files in `results/` and `pictures/`. The rules were "
         f"fixed before the runs, in {protocol_page}. Scores are in percent, at the last checkpoint, on test "
-        "photographs that were not used for any choice; ± is the standard deviation over seeds.",
+        "photographs that were not used for any choice; ± is the standard deviation over seeds."
+        + (" The section after the statements is written by hand." if discussion.is_file() else ""),
         "## Does the claim hold?",
         _verdicts(results),
-        *(path.read_text() for path in (report / "discussion.md",) if path.is_file()),  # written by hand
+        *([discussion.read_text()] if discussion.is_file() else []),
         "## Attention and boxes",
         _coarse(results),
         "## Boxes from attention (localization)",
@@ -160,7 +161,7 @@ def _coarse(results: Results) -> str:
     chosen = _rows(results, {name: at_checkpoint(name, layer="chosen") for name in COARSE})
     return (
         "At the paper's layer: the last but one of models with MSSA, the last of those with MHSA. The best head is "
-        "chosen for each image; the fixed head is one for all images, chosen on other photographs. An object is the "
+        "chosen for each object; the fixed head is one for all images, chosen on other photographs. An object is the "
         "area inside its boxes.\n\n"
         + markdown_table(rows, digits=1)
         + "\nAt the layer that is best on other photographs, chosen for each run and score:\n\n"
@@ -176,8 +177,9 @@ def _boxes(results: Results) -> str:
             found = scores[heads] if prior == "random" else scores
             rows[-1][name] = f"{100 * found[score]:.1f}"
     return (
-        "Scored as by `crate-fast eval localization`, at the paper's layer. Centre, mean box and whole picture are "
-        "the same map for all images.\n\n" + markdown_table(rows, digits=1)
+        "Scored as by `crate-fast eval localization`, at the paper's layer. Centre and whole picture are one map "
+        "for all images; the mean box is that of the other half of the images, on which also the one head is chosen."
+        "\n\n" + markdown_table(rows, digits=1)
     )
 
 
@@ -193,7 +195,8 @@ def _masks(results: Results) -> list[str]:
     return [
         "## Coarse segmentation (Fig. 4, Table 2)",
         f"On {scored['images']} photographs with masks, at {size} px with interpolated "
-        f"positions; {scored['objects']} objects, one per class and image.\n\n" + markdown_table(rows, digits=1),
+        f"positions; {scored['objects']} objects, one per class and image, without {scored['objects_without_patch']} "
+        "smaller ones that cover no patch.\n\n" + markdown_table(rows, digits=1),
         "## MaskCut (Table 2)",
         f"At the paper's layer; on the photographs with masks, at {size} px.\n\n"
         + markdown_table(detected, digits=1),
