@@ -152,7 +152,7 @@ def _run_weight(kernel, arguments: dict[str, Tensor | int | None], weight: Tenso
 
 
 def fold(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
-    """Return G = η(D − DᵀD) [C, C] in `dtype`. fp32 is multiplied as TF32; G's rounding to half is coarser."""
+    """Return G = η(D − DᵀD) [C, C] in `dtype`. fp32 is multiplied as TF32; G's rounding to half is no finer."""
     dictionary = dictionary.contiguous()
     folded = torch.empty_like(dictionary, dtype=dtype)  # contiguous, as the kernel assumes
     _run_square(_fold_kernel, {"dictionary_ptr": dictionary, "folded_ptr": folded}, step_size, dictionary)

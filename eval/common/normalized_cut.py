@@ -4,7 +4,7 @@ A graph of P patches has affinities A = ε·11ᵀ + (1 − ε)·B with B in {0, 
 solves (D − A)v = λDv for the second smallest λ (Shi and Malik, *Normalized Cuts and Image Segmentation*). With
 M = D^-½AD^-½ it is v = D^-½y, where y belongs to M's second largest eigenvalue. The first eigenvector D^½·1 is known.
 Every Lanczos vector is made orthogonal to it, which leaves y as the top eigenvector. This takes a few dozen products
-with B. A dense decomposition takes about 27 P³ operations, which is seconds at 3,600 patches.
+with B. A dense decomposition takes seconds at 3,600 patches.
 
 There are three solvers. Each is used for graphs that the previous one cannot solve; up to 1,000 patches the second is
 skipped, because the third is faster:
