@@ -95,9 +95,11 @@ def _write_split(source: Source, path: Path, options: argparse.Namespace) -> lis
             f"a process that writes the shards of {path.name} was killed, perhaps for memory: pass fewer --workers "
             f"than {processes}"
         ) from error
-    if len(problems) == len(source):
+    if len(problems) > options.max_unreadable * len(source):
         raise UserError(
-            f"none of the {len(problems)} images of {path.name} can be read; the first error: {problems[0]}"
+            f"{len(problems)} of {len(source)} images of {path.name} cannot be read, more than "
+            f"{options.max_unreadable:.0%}; the first error: {problems[0]}. Repair or remove them, or raise "
+            "--max-unreadable"
         )
     return problems
 
@@ -139,6 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quality", type=positive, default=95, help="JPEG quality of downscaled images")
     parser.add_argument("--per-shard", type=positive, default=5_000, help="images per shard")
     parser.add_argument("--workers", type=positive, default=usable_cores(), help="number of processes")
+    share = "largest fraction of corrupt images in a split; default %(default)s"
+    parser.add_argument("--max-unreadable", type=float, default=TrainConfig.max_unreadable, help=share)
     return run_command(lambda: _write(parser.parse_args(argv)))
 
 
