@@ -191,6 +191,7 @@ def test_images_of_an_existing_folder_are_counted(tmp_path, planned):
         ("--model twins_svt_small --grad-checkpointing", "model='twins_svt_small' has none; leave it out"),
         ("--optimizer kron --depth 1", "optimizer='kron' cannot be planned"),
         ("--dataset folder --data-dir EMPTY", "it holds no images"),
+        ("--recipe finetune_in1k --init runs/typo@3", "--init runs/typo@3 does not exist"),
     ],
 )
 def test_bad_plans_are_errors(words, message, tmp_path, refuses):

@@ -15,6 +15,11 @@ from crate_fast.train.config import FORM, train_command
 INHERITED = ("model", "patch_size", "dim", "depth", "heads", "mean", *FORM)
 
 
+def is_gone(init: str) -> bool:
+    """Return True if neither `init` nor, of RUN@STEP, the run exists."""
+    return not any(Path(path).exists() for path in (init, init.rpartition("@")[0] or init))
+
+
 def inheriting(values: dict, chosen: dict) -> dict:
     """Merge settings: the command line (`chosen`) overrides the initial run, and that the recipe (`values`)."""
     from crate_fast.registry import MAE, MAE_ENCODER, is_mae  # imports torch: after command-line errors
@@ -25,8 +30,7 @@ def inheriting(values: dict, chosen: dict) -> dict:
         raise UserError("initial weights are missing: pass --init with a run's folder or a weights file")
     if values.keys() >= {"init", "model", "patch_size", "dim", "depth", "heads", "mean"}:  # a run's config.yaml
         return values | chosen
-    gone = not any(Path(path).exists() for path in (init, init.rpartition("@")[0] or init))
-    source = {} if gone else initial_settings(init)  # a resumed run does not need it; a new run reports it later
+    source = {} if is_gone(init) else initial_settings(init)  # a resumed run does not need it; a new run reports it
     if source and is_mae(source["model"]):
         source["model"] = MAE_ENCODER + source["model"].removeprefix(MAE)
     return values | {name: source[name] for name in INHERITED if name in source} | chosen

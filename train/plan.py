@@ -7,10 +7,10 @@ half a GiB). Hours follow from `--images-per-s`, which `--dry-run` and every run
 
 import argparse
 
-from crate_fast.errors import run_command
+from crate_fast.errors import UserError, run_command
 from crate_fast.options import positive, rate
 from crate_fast.train.config import build_config
-from crate_fast.train.finetune import inheriting
+from crate_fast.train.finetune import inheriting, is_gone
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _with_placeholders(values: dict, chosen: dict) -> dict:
-    """Merge settings, with placeholders for a missing data folder and missing initial weights."""
+    """Merge settings, with placeholders for a missing data folder and initial weights that are not given."""
+    init = (values | chosen).get("init", "")
+    if init and is_gone(init):
+        raise UserError(f"--init {init} does not exist: name a run or a weights file, or leave it out")
     missing = {name: "(not given)" for name in ("data_dir", "init") if not values.get(name)}
     return inheriting(values, missing | chosen)
 
@@ -32,7 +35,8 @@ def _run(argv: list[str] | None) -> None:
     config, options = build_config(argv, __doc__.partition(":")[0], "shape_scenes", **how)
     from crate_fast.train.cost import make_plan  # imports torch, which is slow: after command-line errors
 
-    print(f"{config.model} on {options.gpus} × {config.device} ({config.parallel}); memory is an estimate per device")
+    device = "cuda" if config.device == "auto" else config.device
+    print(f"{config.model} on {options.gpus} × {device} ({config.parallel}); memory is an estimate per device")
     for name, value in make_plan(config, options).items():
         print(f"  {name:<28}{value:,}" if isinstance(value, int) else f"  {name:<28}{value:,.5g}")
     if not options.images_per_s:
