@@ -210,7 +210,7 @@ def open_exported(path: str | Path) -> Exported:
 
 @torch.no_grad()
 def compare(run: Exported, model: CRATE, portable: PortableCRATE) -> dict[str, float]:
-    """Compare an exported model with its source, on random images of two batch sizes that were not exported.
+    """Compare an exported model with its source on random images, at two batch sizes other than the traced one.
 
     `run` is the result of `open_exported` for the file to which `portable` was written. Returns for each output the
     largest absolute difference, relative to the source's largest value; NaN if either contains NaN. Other names or
@@ -333,6 +333,8 @@ def _export(options: argparse.Namespace) -> None:
             f"{loaded.facts['model']} is a {type(loaded.model).__name__} of timm: crate-fast exports CRATE, its "
             "ablations and the encoders of CRATE-MAE; choose one of those"
         )
+    if options.layers is not None and "attention" not in (options.outputs or ()):
+        raise UserError("--layers chooses layers of attention: add attention to --outputs")
     depth = loaded.extract.depth
     facts = {name: loaded.facts[name] for name in ("model", "weights_sha256", "parameters")}
     classes = loaded.classes if loaded.model.num_classes else None

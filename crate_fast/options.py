@@ -16,16 +16,19 @@ from crate_fast.errors import CommandParser, run_command
 
 PLAIN = argparse.RawDescriptionHelpFormatter
 PORT = 7470  # of the explorer
-_LAYER = "layer, from 0; default the last but one of CRATE, the last of a ViT"
+_LAYER = "layer, from 0; default the last but one with MSSA, else the last"
 
 
 # --- types of values, for argparse
 
 
 def _integer(text: str, low: int, high: float, expected: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
     if not low <= value < high:
-        raise argparse.ArgumentTypeError(f"{value}: give {expected}")
+        raise argparse.ArgumentTypeError(f"{text}: give {expected}")
     return value
 
 
@@ -58,7 +61,10 @@ def comma_list(parse: Callable[[str], Any], *words: str) -> Callable[[str], list
     """Return a parser of comma-separated values, which also accepts one of `words`."""
 
     def comma_separated(text: str) -> list | str:
-        return text if text in words else [parse(word) for word in text.split(",")]
+        try:
+            return text if text in words else [parse(word) for word in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text}: give numbers with commas, such as 1,2") from error
 
     return comma_separated
 
@@ -113,8 +119,13 @@ def _evaluation(
     add("models", metavar="MODEL", nargs="+" if many else 1, help="see below")
     if data is not False:
         add("--data", default=data, required=data is None, help="see below")
-        add("--limit", type=positive, default=limit, help=f"number of images; default {limit or 'all'}")
-    side = "images are resized to this square size in pixels; default " + str(image_size or "the model's own")
+        add(
+            "--limit",
+            type=positive,
+            default=limit,
+            help=f"number of images; default {limit or 'all; of shape_scenes 500'}",
+        )
+    side = "height and width of the images in pixels; default " + str(image_size or "the model's own")
     add("--image-size", type=positive, default=image_size, help=side)
     add("--batch-size", type=positive, default=8, help="images per forward pass; default %(default)s")
     add("--workers", type=_not_negative, default=0, help="worker processes that read images; default 0: none")
@@ -134,8 +145,8 @@ def _attention_maps() -> argparse.ArgumentParser:
     add("--heads", type=comma_list(_head), help="such as 0,3,mean; also all, and best (by the objects' masks)")
     add("--style", choices=("map", "overlay"), default="map", help="overlay draws it over the image; default map")
     add("--levels", type=comma_list(float), help="noise levels: sigmas from 0 to 255 (0,25,…), or shares (0,0.1,…)")
-    add("--sigma", type=float, default=75.0, help="sigma of the noise in noise_share; default 75")
-    add("--share", type=float, default=0.5, help="share of noisy pixels in noise_sigma; default 0.5")
+    add("--sigma", type=float, help="sigma of the noise in noise_share; default 75")
+    add("--share", type=float, help="share of noisy pixels in noise_sigma; default 0.5")
     return parser
 
 

@@ -216,12 +216,16 @@ def _table(label: str, outcome: dict) -> list[dict]:
 
 def _command(options: argparse.Namespace) -> None:
     noise: list[tuple[float, float]] = []
+    used = {"noise_sigma": ("levels", "share"), "noise_share": ("levels", "sigma")}.get(options.figure, ())
+    for name in ("levels", "sigma", "share"):
+        if getattr(options, name) is not None and name not in used:
+            raise UserError(f"--{name} has no effect on --figure {options.figure}: use noise_sigma or noise_share")
     if options.figure == "noise_sigma":
-        noise = [(sigma, options.share) for sigma in options.levels or SIGMAS]
+        share = 0.5 if options.share is None else options.share
+        noise = [(sigma, share) for sigma in options.levels or SIGMAS]
     elif options.figure == "noise_share":
-        noise = [(options.sigma, share) for share in options.levels or SHARES]
-    elif options.levels:
-        raise UserError(f"--levels has no effect on --figure {options.figure}: use noise_sigma or noise_share")
+        sigma = 75.0 if options.sigma is None else options.sigma
+        noise = [(sigma, share) for share in options.levels or SHARES]
     for level in noise:
         check_noise(*level)
     models = open_models(options)

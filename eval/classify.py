@@ -303,8 +303,16 @@ def _command(options: argparse.Namespace) -> None:
             config = TrainConfig(seed=options.seed, **changes)
         else:
             raise UserError(f"{loaded.label} is not a run, so it has no data set: pass --dataset and --data-dir")
+        if options.data_dir and config.dataset == "shape_scenes":
+            raise UserError(
+                f"--data-dir {options.data_dir} has no effect on dataset='shape_scenes': pass --dataset too"
+            )
         default = ("head", "knn") if loaded.model.num_classes else ("knn",)
         protocols = tuple(options.protocol.split(",")) if options.protocol else default
+        if options.k and "knn" not in protocols:
+            raise UserError("--k has no effect without knn: add it to --protocol")
+        if options.raw_pixels and not {"knn", "linear"} & {*protocols}:
+            raise UserError("--raw-pixels has no effect without knn or linear: add one to --protocol")
         data = plain_splits(config)
         limits = {"ks": options.k, "pool": options.pool, "train_limit": options.train_limit}
         check(loaded, data, protocols, **limits)  # check all models before the first one runs

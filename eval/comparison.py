@@ -49,6 +49,10 @@ def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
 
 def _command(options: argparse.Namespace) -> None:
     config, tasks = {}, []
+    if options.voc and "coarse" not in NEEDS[options.table]:
+        raise UserError(f"--voc has no effect on --table {options.table}: leave it out")
+    if options.coco and "maskcut" not in NEEDS[options.table]:
+        raise UserError(f"--coco has no effect on --table {options.table}: leave it out")
     for measure in NEEDS[options.table]:
         coco = measure == "maskcut"
         data, size = (options.coco, options.image_size) if coco else (options.voc, options.voc_size)

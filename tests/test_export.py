@@ -171,7 +171,9 @@ def test_the_default_output_depends_on_the_classifier_and_missing_outputs_are_er
         open_exported("model.tflite")
 
 
-def test_the_command_refuses_other_models(tmp_path, refuses):
+def test_the_command_refuses_other_models_and_layers_without_attention(tmp_path, refuses):
     words = ["export", "vit_tiny_patch16_224@untrained", "--model-args", "depth=1", "--format", "torch"]
     refuses("exports CRATE, its ablations", cli.main, [*words, "--output", str(tmp_path)])
+    words = ["export", "shipped:ViT", "--layers", "1"]
+    refuses("add attention to --outputs", cli.main, [*words, "--output", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []

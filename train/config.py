@@ -72,8 +72,8 @@ class TrainConfig:
     image_size: Count = 64
     """Height and width of the images, in pixels."""
     crop: Literal["none", "pad", "random", "center"] = "none"
-    """Training crop: none (squashes images that are not square); pad (as none, then a random position, with padding
-    of 1/8 of the size); random (scale and aspect ratio); center, as in evaluation."""
+    """Training crop: none (squashes images that are not square, while evaluation crops their middle); pad (as none,
+    then a random position, with padding of 1/8 of the size); random (scale and aspect ratio); center."""
     crop_scale: Share = 0.08
     """Smallest fraction of the image's area that crop=random keeps."""
     hflip: Share = 0.0
@@ -203,21 +203,22 @@ class TrainConfig:
     seed: Natural = 0
     """Seed of initial weights, data order, augmentation and shape_scenes."""
     device: str = "auto"
-    """Device: cpu, cuda, or auto (cuda if there is a GPU)."""
+    """Device: cpu, cuda, cuda:N, or auto (cuda if there is a GPU)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision: fp32; bf16 or fp16 (autocast; fp16 with a gradient scaler); auto (bf16 on a GPU that supports it,
     else fp32)."""
     compile: bool = False
     """Compile the model with torch.compile."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
-    """Mode of torch.compile: default; reduce-overhead or max-autotune, which use CUDA graphs; max-autotune-no-
-    cudagraphs."""
+    """Mode of torch.compile: default; reduce-overhead or max-autotune, which use CUDA graphs; or
+    max-autotune-no-cudagraphs."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Parallelism. ddp: each process holds the whole model; fsdp: FSDP2, each process holds a shard."""
     grad_checkpointing: bool = False
     """Recompute layers in the backward pass to save memory."""
     threads: Cores = 0
-    """CPU threads per process; 0 divides the usable cores of a host equally among its processes."""
+    """CPU threads per process; 0 divides the usable cores of a host equally among its processes, and leaves a single
+    process PyTorch's default."""
     eval_every: Count = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_every: Natural = 0
@@ -339,13 +340,13 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="test the run: two steps, then save and load, in a temporary folder")
 
 
-def _check_transforms(values: dict, given: dict) -> dict:
-    """Refuse transforms without effect; drop those of a recipe whose data set is replaced by shape_scenes."""
-    scenes, transforms = TrainConfig.dataset, ("crop", "crop_scale", "auto_augment")
+def _check_data_settings(values: dict, given: dict) -> dict:
+    """Refuse settings without effect; drop those of a recipe whose data set is replaced by shape_scenes."""
+    scenes, of_files = TrainConfig.dataset, ("data_dir", "crop", "crop_scale", "auto_augment")
     if (values | given).get("dataset", scenes) == scenes:
         if values.get("dataset", scenes) != scenes:
-            values = {name: value for name, value in values.items() if name not in transforms}
-        for name in transforms:
+            values = {name: value for name, value in values.items() if name not in of_files}
+        for name in of_files:
             found, default = (values | given).get(name), getattr(TrainConfig, name)
             if found not in (None, default):
                 raise UserError(
@@ -392,7 +393,7 @@ def build_config(
     recipe = load_recipe(options.recipe)
     if "model" in given:  # the recipe's sizes belong to the recipe's model
         recipe = {name: value for name, value in recipe.items() if name not in SIZES}
-    config = TrainConfig(**adjust(_check_transforms(recipe, given), given))
+    config = TrainConfig(**adjust(_check_data_settings(recipe, given), given))
     return config, options
 
 
