@@ -8,8 +8,8 @@ TRITON_INTERPRET=1 the kernels.
 Every call folds G from D, as a training step does, and computes the gradients of x and D (and of γ and β). Ours is
 checked on the same tensors first: output and gradients against the float64 reference by the tests' rule, and equal
 bits in a second run. A wrong peer has no times, but rows with the reason; if it is ours, the exit status is 1.
-Compiled peers run in mode "max-autotune-no-cudagraphs". Nominal FLOPs of every peer are those of the form with one
-product: 2·M·C² + 2·C³ forward, 4·M·C² + 2·C³ backward.
+Compiled peers run in mode "max-autotune-no-cudagraphs", on a CPU in the default mode. Nominal FLOPs of every peer are
+those of the form with one product: 2·M·C² + 2·C³ forward, 4·M·C² + 2·C³ backward.
 """
 
 import sys

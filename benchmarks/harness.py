@@ -3,10 +3,10 @@
 This module imports crate_fast before PyTorch, so that OpenMP uses the package's GOMP_SPINCOUNT. Every benchmark must
 import it first; the isort section "harness" in pyproject.toml keeps it first.
 
-GPU times are measured with events, and the L2 cache is overwritten before each call, as `triton.testing.do_bench`
-does. There are two differences. An untimed forward builds the graph of each timed backward, because a compiled peer's
-graph runs only once. Overwriting takes longer than the host needs to enqueue the call, so a slow host does not count.
-CPU times are wall-clock times.
+GPU times are measured with events, and the L2 cache is overwritten before each call (not of whole models), as
+`triton.testing.do_bench` does. There are two differences. An untimed forward builds the graph of each timed backward,
+because a compiled peer's graph runs only once. Overwriting takes longer than the host needs to enqueue the call, so a
+slow host does not count. CPU times are wall-clock times.
 """
 
 import crate_fast  # noqa: F401

@@ -33,7 +33,7 @@ def clear_of_threshold(
     shift: float = 0.01,
     margin: float | None = None,
 ) -> Tensor:
-    """Return `grad` where rounding cannot decide whether ISTA's output at x is zero, and 0 elsewhere.
+    """Return `grad` with zeros where ISTA's argument is so near the threshold that rounding decides its output.
 
     `product` is the dtype of the product with D, x's if None. `margin` is the distance from the threshold that
     rounding may cover, 32 eps of the product if None.

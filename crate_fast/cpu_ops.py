@@ -152,7 +152,7 @@ def _needs_operator(*inputs: Tensor | None) -> bool:
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, residual: bool = False) -> Tensor:
-    """Compute `cpu_linear`, as an operator only where needed."""
+    """Compute `cpu_linear`; call the operator only if autograd, compilation or a dispatch mode needs it."""
     return (cpu_linear if _needs_operator(x, weight, bias) else _affine)(x, weight, bias, relu, residual)
 
 
@@ -237,7 +237,7 @@ def _is_long(w: Tensor) -> bool:
 
 
 def attention(w: Tensor, scale: float) -> Tensor:
-    """Compute `cpu_subspace_attention`, as an operator only where needed."""
+    """Compute `cpu_subspace_attention`, as `affine` does."""
     return (cpu_subspace_attention if _needs_operator(w) else _attention_forward)(w, scale)
 
 

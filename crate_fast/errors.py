@@ -68,7 +68,9 @@ class CommandParser(argparse.ArgumentParser):
 
 def missing_package(name: str) -> UserError:
     """Return the error for a missing optional package, with the command that installs it."""
-    return UserError(f'this needs the package {name}: pip install -e ".[{_EXTRA_OF[name]}]"')
+    return UserError(
+        f'this needs the package {name}: pip install -e ".[{_EXTRA_OF[name]}]", in the clone of crate_fast'
+    )
 
 
 def require(*packages: str) -> None:

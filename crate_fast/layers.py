@@ -92,7 +92,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 class EmbeddingNorm(nn.LayerNorm):
-    """LayerNorm after the patch projection: in `CRATE` the only one with half-precision input under autocast."""
+    """LayerNorm after the patch projection: by default the only one with half-precision input under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
@@ -225,7 +225,7 @@ class ISTA(nn.Module):
         return sparsify(x, self.weight, self.step_size, self.lambd, self.threshold, self.backend)
 
     def after_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """Return ISTA(norm(x)) [..., C], computed by one operator."""
+        """Return ISTA(norm(x)) [..., C], with the kernels by one operator."""
         constants, in_front = (self.step_size, self.lambd), (norm.weight, norm.bias, norm.eps)
         options = {"threshold": self.threshold, "backend": self.backend}
         return functional.ista(x, self.weight, *constants, norm=in_front, **options)
@@ -338,8 +338,8 @@ def _fusible(norm: nn.Module, fn: nn.Module, x: Tensor) -> bool:
 class PreNorm(nn.Module):
     """LayerNorm followed by `fn`, with the released names `norm` and `fn`.
 
-    Without hooks on the two modules, LayerNorm and ISTA or ODL run as one operator. `drop_path` holds the rate of
-    stochastic depth; `Layer` applies it, because the result of a dropped step depends on the residual.
+    Without hooks on the two modules, the kernels run LayerNorm and ISTA or ODL as one operator. `drop_path` holds the
+    rate of stochastic depth; `Layer` applies it, because the result of a dropped step depends on the residual.
     """
 
     def __init__(

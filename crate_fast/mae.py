@@ -45,7 +45,7 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
         UserError: `dim` is not a multiple of four.
     """
     if dim % 4:
-        raise UserError(f"dim={dim}: sine-cosine positions in two dimensions need a multiple of 4")
+        raise UserError(f"width {dim}: sine-cosine positions in two dimensions need a multiple of 4")
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
     angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]
@@ -171,7 +171,7 @@ class CRATEMAE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise all parameters except dictionaries: linear maps Xavier-uniform, tokens normal with std 0.02."""
+        """Initialise linear maps Xavier-uniform with zero biases, positions, and tokens normal with std 0.02."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

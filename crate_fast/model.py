@@ -83,16 +83,21 @@ def check_images(
         with without_tracer_warnings():
             if not isinstance(images, Tensor) or not images.is_floating_point():
                 kind = images.dtype if isinstance(images, Tensor) else f"a {type(images).__name__}"
-                raise UserError(f"images are {kind}: pass a floating-point tensor; for bytes, images.float() / 255")
+                raise UserError(
+                    f"images are {kind}: pass a floating-point tensor; normalise bytes as in training, by "
+                    "(images.float() / 255 - mean) / std"
+                )
             if images.dim() != 4 or images.shape[1] != channels:
                 raise UserError(f"images have shape {tuple(images.shape)}: pass [B, {channels}, height, width]")
             size = (images.shape[2], images.shape[3])
             if any_size:
                 patch_grid(size, patch_size)
             elif size != image_size:
+                fits = size[0] % patch_size[0] == size[1] % patch_size[1] == 0
+                other = f", or build the model for them (CRATE: set_input_size({size}) or dynamic_img_size=True)"
                 raise UserError(
                     f"images are {size[0]}×{size[1]} and the model expects {image_size[0]}×{image_size[1]}: resize "
-                    f"them, or build the model for them (CRATE: set_input_size({size}) or dynamic_img_size=True)"
+                    f"them{other if fits else ''}"
                 )
 
 
@@ -159,7 +164,8 @@ class CRATE(nn.Module):
         device, dtype: Device and dtype of the parameters.
 
     Raises:
-        UserError: An argument is out of range, not a valid choice or without effect; the message names the remedy.
+        UserError: An argument is out of range or not a valid choice, or belongs to another sparsifier; the message
+            names the remedy.
 
     >>> model = CRATE(image_size=32, patch_size=4, num_classes=10, dim=48, depth=2, heads=3, dim_head=16)
     >>> model(torch.zeros(2, 3, 32, 32)).shape

@@ -177,8 +177,8 @@ def create_mae(name: str, pretrained: bool = False, checkpoint_path: str = "", *
         model = CRATEMAE(**(sizes | kwargs))
     except TypeError as error:
         raise UserError(
-            f"{name}: {error}. An autoencoder has neither classifier nor dropout: create "
-            f"{MAE_ENCODER}{name.removeprefix(MAE)}, or pass these arguments to its method encoder()"
+            f"{name}: {error}. Leave it out; an encoder, {MAE_ENCODER}{name.removeprefix(MAE)}, has a classifier, "
+            "dropout and the other forms of a layer"
         ) from error
     return load_weights(model, checkpoint_path) if checkpoint_path else model
 
@@ -200,7 +200,7 @@ def is_model(name: str) -> bool:
 
 
 def create_model(name: str, **kwargs) -> nn.Module:
-    """Build an autoencoder with `create_mae`, any other model (by a name of timm, also with a tag) with timm."""
+    """Build a model by its name: an autoencoder by `create_mae`, any other, also with a tag, by timm."""
     if is_mae(name):
         return create_mae(name, **kwargs)
     try:

@@ -395,5 +395,6 @@ def _complaint(name: str, device: torch.device, what: str) -> str:
 
     return (
         f"the kernel crate_fast::{name} {what} ({compiler_versions(device)}): install a newer Triton, point "
-        f"TRITON_PTXAS_PATH to a newer ptxas, or use backend='torch'; {SELF_CHECK}=0 runs it unchecked"
+        f"TRITON_PTXAS_PATH to a newer ptxas, or use backend='torch' (in training --precision fp32); {SELF_CHECK}=0 "
+        "runs it unchecked"
     )

@@ -66,7 +66,7 @@ def cls_attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 def attention_layer(model: nn.Module) -> int:
-    """Return the default layer of attention maps: the last but one for CRATE, the last for a ViT (paper, §3)."""
+    """Return the default layer of attention maps: the last but one with MSSA, else the last (paper, §3)."""
     layers = model.transformer.layers
     return max(0, len(layers) - 2) if isinstance(layers[0][0].fn, MSSA) else len(layers) - 1
 

@@ -14,8 +14,8 @@ Weakly Supervised Object Localization Methods Right*, 2020):
     threshold      best threshold for IoU ≥ 0.5
 
 "best head" is chosen for each image, score and threshold by the image's boxes; "one head" is the head that is best on
-the other half of the images. The baselines ignore the image: its centre, the mean box of the other half of the images, the whole picture,
-random maps. MODEL@untrained is the untrained twin.
+the other half of the images. The baselines ignore the image: its centre, the mean box of the other half of the
+images, the whole picture, random maps. MODEL@untrained is the untrained twin.
 """
 
 import argparse

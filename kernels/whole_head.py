@@ -291,8 +291,10 @@ def _rest_kernel(
 
 
 def split(n_tokens: int, tile: Tile) -> tuple[int, int, int]:
-    """Return, for a sequence that `serves` accepts: the number of blocks of BLOCK tokens; the tokens of the rest, 0
-    or rounded up to a power of two of at least 16; and the keys of the rest per step."""
+    """Return how a sequence that `serves` accepts is divided: whole blocks, remaining tokens, their keys per step.
+
+    The remaining tokens are 0 or rounded up to a power of two of at least 16.
+    """
     blocks = min(n_tokens // BLOCK, MOST_BLOCKS)
     rest = n_tokens - blocks * BLOCK
     padded = 0 if rest == 0 else max(16, power_of_2(rest))

@@ -168,7 +168,7 @@ def test_a_full_disk_stops_all_processes_and_the_last_checkpoint_stays_whole(tmp
     words = ("--output", str(folder), "--checkpoint-every", "1", "--keep-checkpoints", "99", "--workers", "1")
     text = run(*words, processes=2, status=2)
     assert "Traceback" not in text
-    assert re.search("could not be written.*free some space, then continue with --resume", text)
+    assert re.search("could not be written.*free some space, then continue .*--resume", text)
     *earlier, newest = checkpoint.steps(folder / "checkpoints")
     checkpoint.load(folder / "checkpoints", newest)
     assert not list((folder / "checkpoints").glob(".*.tmp"))

@@ -167,6 +167,7 @@ def test_bad_images_are_errors():
     model, images = CRATE(**SMALL), torch.zeros(1, 3, 32, 32)
     for message, call in {
         "images are 64×64 and the model expects 32×32.*set_input_size": lambda: model(torch.zeros(1, 3, 64, 64)),
+        "images are 60×64 and the model expects 32×32: resize them$": lambda: model(torch.zeros(1, 3, 60, 64)),
         r"images have shape \(1, 1, 32, 32\): pass \[B, 3": lambda: model(images[:, :1]),
         r"\(65, 65\) is not a multiple": lambda: model.set_input_size(65),
         "patch_size=4": lambda: model.set_input_size(32, patch_size=4),

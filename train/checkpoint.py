@@ -1,6 +1,6 @@
 """A run's folder and its checkpoints, which are complete or absent even if the process is killed.
 
-    RUN/checkpoints/step_00001500/  model.safetensors (released names), ema.safetensors, training.pt, manifest.json
+    RUN/checkpoints/step_00001500/  model.safetensors (state dict), ema.safetensors, training.pt, manifest.json
     RUN/checkpoints/best.json       step with the best validation score
     RUN/config.yaml metrics.jsonl tensorboard/ .lock .owner
 
@@ -236,7 +236,7 @@ _LOCK_SECONDS = 120.0
 
 @contextmanager
 def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold the lock of a run's folder (.lock), at most until the process ends; .owner names the process.
+    """Lock a folder inside the context, by .lock; a killed process releases it. .owner names the process.
 
     Args:
         patience: Seconds to wait for the lock: a file server keeps the lock of a dead host for a while.

@@ -68,8 +68,8 @@ def writing(folder: Path):
             raise  # `run_command` has a remedy for the last two
         remedy = "free some space" if full else "check its permissions and its disk"
         raise DiskError(
-            f"{folder} could not be written ({error}; {free / 2**20:,.0f} MiB are free there). Finished checkpoints "
-            f"are intact: {remedy}, then continue with --resume"
+            f"{folder} could not be written ({error}; {free / 2**20:,.0f} MiB are free there). What was saved "
+            f"before is intact: {remedy}, then continue (in training with --resume)"
         ) from error
 
 

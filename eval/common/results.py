@@ -61,7 +61,7 @@ def file_name(label: str) -> str:
 
 
 def claim(folder: Path, file: str, settings: dict, option: str = "--output") -> None:
-    """Write settings to a JSON file in a folder; if it exists with others, raise a `UserError` about `option`."""
+    """Reserve a folder for results of these settings: write them to `file`, or raise a UserError if it has others."""
     make_folder(folder)
     path, settings = folder / file, json.loads(json.dumps(settings))
     if not path.is_file():

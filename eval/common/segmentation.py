@@ -116,8 +116,8 @@ def score_attention(
 
     Returns:
         For each of `READINGS` (IoU with "topk" and "mass" masks, and "ap") a dictionary with
-        "layers": for each, "layer"; "best_head", with the best head of each object (as in the paper); "per_head", with
-            one head for all images; "fixed_head", the largest of these;
+        "layers": for each, "layer"; "best_head", with the best head of each object (as in the paper); "per_head",
+            with one head for all images; "fixed_head", the largest of these;
         baselines: "constant", a mask of all patches; "random", the best of as many random maps as heads; "mean_mask",
             the objects' mean mask as the map of every image; "true_mask", the true mask as map;
         "fraction" (None for "ap"); numbers of scored "images" and "objects", of images "without_objects", and of

@@ -107,8 +107,12 @@ def prepare_photographs(source: Path, boxes: Path | None, masks: str | None, fol
     record = folder / "source.json"
     if record.is_file():
         before = json.loads(record.read_text())
-        if {name: before[name] for name in named} != named:
-            raise UserError(f"{folder} holds other photographs ({before['source']}): give another --output")
+        for name, option in (("source", "--data"), ("boxes", "--boxes"), ("masks", "--masks")):
+            if before[name] != named[name]:
+                raise UserError(
+                    f"{folder} was prepared with {option} {before[name]}, not {named[name]}: give the same, or "
+                    "another --output"
+                )
         return before["training_images"]
     if not boxes.exists():
         raise UserError(f"{boxes} does not exist: name the boxes of the validation images with --boxes")

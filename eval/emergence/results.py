@@ -50,7 +50,7 @@ def _coarse(measure: str, split: str, checkpoint: dict, layer: int | str) -> flo
 
 
 def at_checkpoint(measure: str, index: int = -1, layer: int | str = "paper") -> Callable[[dict], float]:
-    """Return a function from a result to a measure at a checkpoint: 0 is the untrained twin, -1 the last.
+    """Return a function that reads a measure from a result, at a checkpoint: 0 is the untrained twin, -1 the last.
 
     The measure is one of the lists above, "accuracy", "coding_rate" or "sparsity". All but the last two are in
     percent. `layer` is a number, "paper" for the layer used in the paper, or for measures of attention "chosen", the

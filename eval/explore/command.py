@@ -1,6 +1,6 @@
 """Explore models layer by layer on a local web page: attention of CLS or a patch, components, masks and sparsity.
 
-    crate-fast explore                                            the newest run, or the models of the package
+    crate-fast explore                                            the newest run and the models of the package
     crate-fast explore --checkpoint runs/NAME CRATE=runs/A        one model or several
     crate-fast explore --checkpoint runs/NAME --images PHOTOS     with the images of a folder
 
