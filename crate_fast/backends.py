@@ -99,7 +99,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 @torch.compiler.assume_constant_result  # in any compilation, Dynamo of torch 2.11 treats `is_exporting()` as True
-def being_written() -> bool:
+def being_exported() -> bool:
     """Return True while PyTorch records a graph that must run without this package, possibly at other sizes.
 
     This is the case in `torch.jit.trace` and `torch.export`, and therefore in both ONNX exporters.
@@ -125,7 +125,7 @@ def being_transformed() -> bool:
 
 def own_operators_fit() -> bool:
     """Return True if this package's operators may run: outside tracing, export and `torch.func`."""
-    return not (being_written() or being_transformed())
+    return not (being_exported() or being_transformed())
 
 
 def without_tracer_warnings():

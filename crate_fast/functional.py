@@ -21,8 +21,8 @@ from crate_fast import cpu_ops, triton_ops
 from crate_fast.arguments import check_choice, check_not_negative, check_positive, check_rates
 from crate_fast.backends import (
     autocast_enabled,
+    being_exported,
     being_transformed,
-    being_written,
     compute_dtype,
     own_operators_fit,
     resolve_backend,
@@ -270,7 +270,7 @@ def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: floa
     width = x.shape[-1]
     # With few tokens, two products with x, for (x − xDᵀ)D, are cheaper than the C×C×C product that folds D. Traced
     # and exported graphs use this form for any number of tokens.
-    if being_written() or ((n_tokens := x.shape[:-1].numel()) < width and not _is_kept(dictionary)):
+    if being_exported() or ((n_tokens := x.shape[:-1].numel()) < width and not _is_kept(dictionary)):
         residual = x - linear(x, dictionary).to(x.dtype)
         u = x + step_size * linear(residual, dictionary.t()).to(x.dtype)
     elif cpu_ops.serves(x, dictionary):

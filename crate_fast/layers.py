@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crate_fast import functional
 from crate_fast import odl as overcomplete
-from crate_fast.backends import being_transformed, being_written, resolve_backend
+from crate_fast.backends import being_exported, being_transformed, resolve_backend
 
 # Code that chooses an implementation by the values of its arguments is in wrapped functions: `torch.fx` records each
 # call as one node, and TorchScript compiles the branch with PyTorch's own operators.
@@ -328,7 +328,7 @@ def _observed(module: nn.Module) -> bool:
 
 def _fusible(norm: nn.Module, fn: nn.Module, x: Tensor) -> bool:
     """Return True if a LayerNorm and the module after it can run as one operator; False in `torch.fx` and export."""
-    if isinstance(x, torch.fx.Proxy) or being_written():
+    if isinstance(x, torch.fx.Proxy) or being_exported():
         return False
     if type(norm) is not nn.LayerNorm or type(fn) not in (MSSA, ISTA, ODL) or _observed(norm) or _observed(fn):
         return False

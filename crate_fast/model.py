@@ -23,7 +23,7 @@ from crate_fast.arguments import (
     size_pair,
     takes_timm_names,
 )
-from crate_fast.backends import BACKENDS, being_written, without_tracer_warnings
+from crate_fast.backends import BACKENDS, being_exported, without_tracer_warnings
 from crate_fast.errors import UserError
 from crate_fast.functional import RESIDUALS, THRESHOLDS
 from crate_fast.layers import ISTA, MHSA, MLP, MSSA, ODL, EmbeddingNorm, Layer, Linear, Patches, PreNorm, Transformer
@@ -45,7 +45,7 @@ def _specific_rate(name: str, rate: float | None, dropout: float) -> float:
 def _plain_size(size: tuple[int, int]) -> list[int]:
     # torch.compile cannot differentiate bicubic resampling to a symbolic size: `index` makes the size concrete
     if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips a branch with this condition only)
-        if torch.is_grad_enabled() and not being_written():
+        if torch.is_grad_enabled() and not being_exported():
             return [operator.index(side) for side in size]
     return [size[0], size[1]]
 
@@ -110,7 +110,7 @@ def positions_for(
     Traced and exported graphs resample at every size, because they cannot branch on the size.
     """
     grid = (images.shape[2] // patch_size[0], images.shape[3] // patch_size[1])
-    if not being_written() and grid == native_grid:
+    if not being_exported() and grid == native_grid:
         return positions
     return resample_positions(positions, native_grid, grid)
 

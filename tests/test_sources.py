@@ -20,7 +20,7 @@ from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.image_files import EXTENSIONS, Unreadable, describe
 from crate_fast.train.data.loader import build_splits, eval_loader, open_source, train_loader
-from crate_fast.train.data.sources import common_classes, nothing_outside
+from crate_fast.train.data.sources import common_classes, safe_extraction
 
 CORRUPT = {1, 4, 9}  # of the twelve images of a split: cut, no image, empty
 
@@ -321,5 +321,5 @@ def test_downloads_write_only_into_their_folder(tmp_path, monkeypatch):
 
 def test_a_python_without_unpacking_filters_does_not_download(monkeypatch):
     monkeypatch.delattr(tarfile, "data_filter")
-    with pytest.raises(UserError, match="download with Python"), nothing_outside():
+    with pytest.raises(UserError, match="download with Python"), safe_extraction():
         pass

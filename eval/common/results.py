@@ -60,7 +60,7 @@ def file_name(label: str) -> str:
     return re.sub(r"[^\w.@-]+", "_", label)
 
 
-def claim(folder: Path, file: str, settings: dict, option: str = "--output") -> None:
+def reserve_folder(folder: Path, file: str, settings: dict, option: str = "--output") -> None:
     """Reserve a folder for results of these settings: write them to `file`, or raise a UserError if it has others."""
     make_folder(folder)
     path, settings = folder / file, json.loads(json.dumps(settings))
@@ -88,7 +88,7 @@ class Records:
         self.path, self.key = folder / "records-0.jsonl", key
         if not self.read():
             (folder / "settings.json").unlink(missing_ok=True)
-        claim(folder, "settings.json", settings)
+        reserve_folder(folder, "settings.json", settings)
 
     def read(self) -> dict[str | int, dict]:
         """Return key → record."""

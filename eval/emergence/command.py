@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from crate_fast.errors import UserError, require
-from crate_fast.eval.common.results import claim
+from crate_fast.eval.common.results import reserve_folder
 from crate_fast.eval.emergence.data import prepare_photographs
 from crate_fast.eval.emergence.protocol import SIZES, Protocol
 from crate_fast.eval.emergence.report import write_report
@@ -30,7 +30,7 @@ def _command(options: argparse.Namespace) -> None:
         protocol = _prepared(options, folders)
         for folder, option in ((folders.report, "--report"), (folders.output, "--output")):
             if _saved_protocol(folder, options.size) != protocol:
-                claim(folder, "protocol.json", {"size": options.size} | protocol.settings(), option)
+                reserve_folder(folder, "protocol.json", {"size": options.size} | protocol.settings(), option)
         runs = protocol.planned_runs(options.models, options.seeds)
         if not run_experiment(runs, protocol, folders, Resources(options.device, options.jobs), options.minutes):
             print("stopped; the same command continues")

@@ -26,7 +26,7 @@ from crate_fast.eval.common.images import Target, free_photographs, open_images
 from crate_fast.eval.emergence.protocol import Protocol
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.data.image_files import find_images, read_image
-from crate_fast.train.data.sources import nothing_outside
+from crate_fast.train.data.sources import safe_extraction
 
 
 class _Photographs(BoxedImages):
@@ -141,7 +141,7 @@ def _unpacked(source: Path, split: str, folder: Path) -> Path:
         goal.symlink_to((source / split).resolve(), target_is_directory=True)
     elif archive.is_file():
         try:
-            with nothing_outside(), tarfile.open(archive) as file:
+            with safe_extraction(), tarfile.open(archive) as file:
                 file.extractall(partial)
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"{archive} cannot be unpacked to {folder} ({error})") from error

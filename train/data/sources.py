@@ -152,7 +152,7 @@ def open_torchvision(dataset: str, data_dir: str, train: bool, download: bool) -
     """Open one of torchvision's data sets; download it only on request."""
     name, argument, *splits = TORCHVISION[dataset]
     try:
-        with nothing_outside() if download else nullcontext():
+        with safe_extraction() if download else nullcontext():
             split = {argument: splits[0 if train else 1]}
             images = getattr(torchvision_datasets, name)(Path(data_dir), **split, download=download)
     except (RuntimeError, OSError, ValueError) as error:
@@ -164,7 +164,7 @@ def open_torchvision(dataset: str, data_dir: str, train: bool, download: bool) -
 
 
 @contextmanager
-def nothing_outside():
+def safe_extraction():
     """Make `tarfile` refuse members outside its target folder: "..", absolute paths, links to other folders.
 
     Older releases of torchvision unpack downloads without this check.
