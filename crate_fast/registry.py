@@ -177,8 +177,8 @@ def create_mae(name: str, pretrained: bool = False, checkpoint_path: str = "", *
         model = CRATEMAE(**(sizes | kwargs))
     except TypeError as error:
         raise UserError(
-            f"{name}: {error}. Leave it out; an encoder, {MAE_ENCODER}{name.removeprefix(MAE)}, has a classifier, "
-            "dropout and the other forms of a layer"
+            f"{name}: {error}. Leave it out, or create {MAE_ENCODER}{name.removeprefix(MAE)}, which has a "
+            "classifier, dropout and the other forms of a layer"
         ) from error
     return load_weights(model, checkpoint_path) if checkpoint_path else model
 

@@ -190,9 +190,9 @@ def _noise_figures(
 ) -> list[Path]:
     """Draw a figure per image, with a row per level: the noisy image and its maps."""
     if options.figure == "noise_sigma":
-        names, what = [f"σ = {sigma:g}" for sigma, _ in levels], f"noise on {options.share:.0%} of the pixels"
+        names, what = [f"σ = {sigma:g}" for sigma, _ in levels], f"noise on {levels[0][1]:.0%} of the pixels"
     else:
-        names, what = [f"{share:.0%} noisy" for _, share in levels], f"noise of σ = {options.sigma:g}"
+        names, what = [f"{share:.0%} noisy" for _, share in levels], f"noise of σ = {levels[0][0]:g}"
     written = []
     for number, sample in enumerate(model.samples):
         noisy = torch.cat([add_noise(sample.image[None], *level, options.seed, first=number) for level in levels])

@@ -210,7 +210,7 @@ def test_bad_arguments_and_bad_input_are_errors():
     for message, options in {
         r"image size \(30, 30\) is not a multiple of the patch size": {"img_size": 30},
         "embed_dim=50 is not a multiple of num_heads=3": {"embed_dim": 50},
-        "dim=6: .* multiple of 4": {"embed_dim": 6},
+        "width 6: .* multiple of 4": {"embed_dim": 6},
         "depth=0: give a positive integer": {"depth": 0},
         "backend='cuda': choose one of": {"backend": "cuda"},
     }.items():
