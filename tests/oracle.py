@@ -1,6 +1,7 @@
 """Checks of kernels by `crate_fast.accuracy`, against the float64 reference on the rounded inputs."""
 
 import importlib.util
+import itertools
 import sys
 import unittest.mock
 from collections.abc import Callable, Iterable, Sequence
@@ -65,15 +66,19 @@ def model_gradients(model: torch.nn.Module, images: Tensor, autocast: torch.dtyp
     return {"output": output.detach()} | found
 
 
+_numbers = itertools.count()
+
+
 def mutant(module, mutation: Sequence[str], folder: Path, user=None):
-    """Return a copy of a module with one passage replaced, which must occur once.
+    """Return a copy of a module with one passage replaced, which must occur once; its operators have their own names.
 
     With `user`, return a copy of that module which imports the changed one.
     """
-    source = Path(module.__file__).read_text()
+    source, name = Path(module.__file__).read_text(), f"mutant_{next(_numbers)}"
     assert source.count(mutation[0]) == 1, f"{mutation[0]!r} is not in {module.__file__} once"
-    path = folder / "mutant.py"
-    path.write_text(source.replace(*mutation))
+    path = folder / f"{name}.py"
+    text = source.replace(*mutation).replace("crate_fast::", f"{name}::")
+    path.write_text(text.replace("torch.ops.crate_fast.", f"torch.ops.{name}."))
     changed = _load(path)
     if user is None:
         return changed

@@ -1,13 +1,12 @@
 """ODL and CRATE-α against the float64 reference and the released module, on a CPU and by the kernels."""
 
 from functools import partial
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from oracle import _load, agrees, mutant
+from oracle import agrees, mutant
 from released import ReleasedCRATEAlpha
 from runs import same
 from torch._subclasses import FakeTensorMode
@@ -110,27 +109,17 @@ def test_mutants_of_the_kernel_fail(mutation, device, tmp_path, monkeypatch):
     assert not agrees(KERNELS, odl_reference, _inputs(device=device), NAMES)
 
 
-def _agrees_with_changed_algebra(folder, mutation=("", "")) -> bool:
-    """Return True if a copy of odl.py, with one passage replaced and its own operators, agrees with the reference."""
-    text = Path(odl.__file__).read_text()
-    assert mutation[0] == "" or text.count(mutation[0]) == 1
-    text = text.replace(*mutation) if mutation[0] else text
-    space = f"mutant_{abs(hash(mutation))}"
-    text = text.replace("crate_fast::", f"{space}::").replace("torch.ops.crate_fast.", f"torch.ops.{space}.")
-    (folder / "changed_odl.py").write_text(text)
-    return agrees(_load(folder / "changed_odl.py").odl, odl_reference, _inputs(), NAMES)
-
-
-def test_mutants_of_the_algebra_fail(tmp_path):
-    assert _agrees_with_changed_algebra(tmp_path)
+def test_only_mutants_of_the_algebra_fail(tmp_path):
     for mutation in (
+        ("add, first, -1.0, total)", "add, first, -1.0, total)"),  # the control
         ("add, first, -1.0, total)", "add, first, 0.0, total)"),
         ("step_size, add=first, shift=shift)", "step_size, shift=shift)"),
         ("-1.0, add=masked, mask=first)", "-1.0, add=masked)"),
         ("masked, step_size, total)", "masked, 1.0, total)"),
         ("step_size, add=add, dtype=x.dtype)", "step_size, dtype=x.dtype)"),
     ):
-        assert not _agrees_with_changed_algebra(tmp_path, mutation), mutation
+        right = agrees(mutant(odl, mutation, tmp_path).odl, odl_reference, _inputs(), NAMES)
+        assert right == (mutation[0] == mutation[1]), mutation
 
 
 def test_a_nan_is_not_hidden_and_an_empty_batch_has_zero_gradients():
