@@ -32,19 +32,16 @@ from crate_fast import probes
 PYTHON = [sys.executable, "-c"]
 
 
-def _process(folder: Path, code: str, limit_s: float = 30.0, **options) -> Process:
-    """Run this code in a process; return it after its end."""
-    process = Process(Job("job", [*PYTHON, code], limit_s, **options), folder, folder, dict(os.environ), math.inf)
-    while not process.check():
-        time.sleep(0.01)
-    return process
-
-
-def test_a_program_that_does_not_start_has_a_reason(tmp_path):
+def test_a_program_that_does_not_start_or_begin_has_a_reason(tmp_path):
     """Other reasons, also no progress: test_faults_cost_only_themselves, and test_check.py."""
-    process = Process(Job("job", ["/no/such/program"], 1.0), tmp_path, tmp_path, {}, math.inf)
-    assert process.check()
-    assert "does not start" in process.reason
+    stalls = {"beat": tmp_path / "beat", "stall_s": 9.0, "start_s": 0.2}
+    for command, limits, reason in (
+        (["/no/such/program"], {}, "does not start"),
+        ([*PYTHON, "import time; time.sleep(60)"], stalls, "timed out: no progress for 0 s"),
+    ):
+        process = Process(Job("job", command, 30.0, **limits), tmp_path, tmp_path, {}, math.inf)
+        wait_until(process.check)
+        assert reason in process.reason
 
 
 def test_a_process_is_killed_with_all_its_children(tmp_path):
@@ -67,11 +64,6 @@ time.sleep(60)
 
     pids = [process.popen.pid, *children.read_text().split()]
     wait_until(lambda: all(map(gone, pids)))
-
-
-def test_a_process_that_does_not_begin_is_killed(tmp_path):
-    process = _process(tmp_path, "import time; time.sleep(60)", beat=tmp_path / "beat", stall_s=9.0, start_s=0.2)
-    assert process.reason == "timed out: no progress for 0 s"
 
 
 STUB = """
