@@ -244,21 +244,6 @@ def test_the_gpu_tests_need_no_plugin_of_pytest(check, tmp_path, monkeypatch):
     assert "no_such_module" in rows[0]["reason"]
 
 
-@pytest.mark.parametrize("content", [b"no archive", lzma.compress(b"#!/bin/sh\nexit 1\n")], ids=["damaged", "fails"])
-def test_a_damaged_assembler_costs_only_its_own_row(check, tmp_path, monkeypatch, content):
-    (tmp_path / gpu_check.PTXAS).write_bytes(content)
-    monkeypatch.setattr(gpu_check, "CARRIED", tmp_path)
-    monkeypatch.setattr(check, "rehearse", False)
-    started = []
-    monkeypatch.setattr(check, "run", lambda jobs, *_, **__: started.extend(job.name for job in jobs))
-    (check.folder / "rows_environment.jsonl").touch()
-    (check.folder / "items.json").write_text('{"probes": []}')
-    check.go([Stage("environment", 30, 1, gpu_check.environment)])
-    (row,) = check.rows()
-    assert (row["item"], row["status"]) == ("carried assembler", "red")
-    assert (check.items, started) == ({"probes": []}, ["environment", "nvidia-smi"])
-
-
 def test_a_probe_ended_by_its_stage_is_not_red(check, monkeypatch):
     check.items = {"probes": [{"probe": name} for name in "ab"]}
     check.rehearse, check.end = False, time.monotonic() + 3
@@ -303,26 +288,36 @@ open(file, "w").write(json.dumps({{"status": "right" if right else "wrong"}}))
     assert ptx == f"carried: {not carried_is_used}".encode()
 
 
-@pytest.mark.parametrize("status", ["right", "wrong"])
-def test_the_carried_assembler_is_used_if_its_probe_is_right(check, tmp_path, monkeypatch, status):
-    text = "#!/bin/sh\necho Cuda compilation tools, release 13.4, V13.4.59\n"
-    (tmp_path / gpu_check.PTXAS).write_bytes(lzma.compress(text.encode()))
+@pytest.mark.parametrize(
+    ("carried", "status", "reason"),
+    [
+        ("right", "ok", ""),
+        ("wrong", "n/a", "Triton's own is used: wrong"),
+        ("fails", "red", "Triton's own is used: CalledProcessError"),
+        ("damaged", "red", "Triton's own is used: LZMAError"),
+    ],
+)
+def test_the_carried_assembler_is_used_if_its_probe_is_right(check, tmp_path, monkeypatch, carried, status, reason):
+    answer = "exit 1" if carried == "fails" else "echo Cuda compilation tools, release 13.4, V13.4.59"
+    archive = lzma.compress(f"#!/bin/sh\n{answer}\n".encode())
+    (tmp_path / gpu_check.PTXAS).write_bytes(b"no archive" if carried == "damaged" else archive)
+    (check.folder / "items.json").write_text('{"probes": []}')
     monkeypatch.setattr(gpu_check, "CARRIED", tmp_path)
     check.rehearse = False
     code = "import os, subprocess, sys; subprocess.run([os.environ['TRITON_PTXAS_PATH']], check=True); "
-    code += f"open(sys.argv[1], 'w').write({json.dumps({'status': status})!r})"
+    code += f"open(sys.argv[1], 'w').write({json.dumps({'status': carried})!r})"
     _stand_in(monkeypatch, lambda job: [code, _word(job, "--json")] if job.name == "assembler" else ["pass"])
     check.go([Stage("environment", 30, 1, gpu_check.environment)])
     (row,) = check.rows()
-    used = {name: value for name, value in check.environment.items() if name in gpu_check.PTXAS_VARIABLES}
-    if status == "right":
-        assert (row["status"], row["facts"]) == ("ok", {"ptxas": "13.4.59"})
-        assert used == dict.fromkeys(gpu_check.PTXAS_VARIABLES, str(check.folder / "ptxas"))
-        other = {"Triton's assembler": dict.fromkeys(gpu_check.PTXAS_VARIABLES)}
-    else:
-        assert (row["status"], row["reason"], used) == ("n/a", "Triton's own is used: wrong", {})
-        other = {"carried assembler": dict.fromkeys(gpu_check.PTXAS_VARIABLES, str(check.folder / "ptxas"))}
-    assert check.assemblers == {"again": {}, **other}
+    assert (row["item"], row["status"], check.items) == ("carried assembler", status, {"probes": []})
+    assert reason in (row["reason"] or "")
+    assert row.get("facts") == ({"ptxas": "13.4.59"} if carried == "right" else None)
+    variables = gpu_check.PTXAS_VARIABLES
+    ours, tritons = dict.fromkeys(variables, str(check.folder / "ptxas")), dict.fromkeys(variables)
+    used = {name: value for name, value in check.environment.items() if name in variables}
+    assert used == (ours if carried == "right" else {})
+    others = {"right": {"Triton's assembler": tritons}, "wrong": {"carried assembler": ours}}
+    assert check.assemblers == {"again": {}} | others.get(carried, {})
 
 
 def _tile(kernel: str, block: int, ms: float | None, present: bool = False, **more) -> dict:
