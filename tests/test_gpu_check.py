@@ -461,11 +461,9 @@ def test_the_rehearsal_runs_every_stage_and_faults_are_red_rows(rehearsal):
 
 
 def test_the_readmes_tables_are_made_from_the_output(rehearsal, tmp_path):
-    rows = [
-        {"stage": "probes", "status": "ok", "item": "compiled: a"},
-        {"stage": "probes", "status": "ok", "item": "b"},
-    ]
-    (tmp_path / "gpu_check.json").write_text(json.dumps({"rows": [rows[0], rows[1] | {"probe": {}}]}))
+    row = {"stage": "probes", "status": "ok"}
+    rows = [row | {"item": "compiled: a"}, row | {"item": "b", "probe": {}}]
+    (tmp_path / "gpu_check.json").write_text(json.dumps({"rows": rows}))
     assert "1 of 1 kernel probes are right" in update_readme.gpu_table(tmp_path)
     (tmp_path / "gpu_check.json").unlink()
     assert update_readme.gpu_table(tmp_path) == update_readme.models_table(tmp_path) == update_readme.NOT_MEASURED
