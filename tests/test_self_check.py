@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from crate_fast import self_check, triton_ops
+from crate_fast import odl, self_check, triton_ops
 from crate_fast.errors import UserError
 from crate_fast.kernels.launch import Launch, Tile
 from crate_fast.kernels.layer_norm import Norm
+from crate_fast.probes import PROBLEMS
 from crate_fast.self_check import checked
 
 HALF, SINGLE = torch.float16, torch.float32
@@ -322,35 +323,22 @@ def test_the_check_has_a_small_problem_with_the_launchs_binary(name, rows, monke
 
 
 def test_every_launch_of_an_operator_is_checked(launches, monkeypatch, device):
-    x, low, folded, *_, norm, _ = _arguments("ista.forward", device, SINGLE, product=HALF)
-    w, (mean, rstd, channel, _) = _arguments("attention.forward", device)[0], norm
-    square, wanted, channels = torch.eye(64, device=device), [True] * 6, (channel, channel)
-    heads, lse = low.view(1, 40, 2, 32), torch.zeros(1, 2, 40, device=device)
-    forward = (x[None], *channels, square, square, channel, 2, 0.2, 1e-5, HALF)
-    backward = (x[None], *channels, square, square, low, rstd, heads, heads, lse)
-    kept = (x, torch.ones_like(x, dtype=torch.int8), x, mean, rstd, *channels, square, folded, 0.1, 1e-5, SINGLE)
-    for operator, *arguments in (
-        (triton_ops.subspace_attention_fwd, w, 0.2),
-        (triton_ops.subspace_attention_bwd, w, w, w, torch.zeros(3, 2, 40, device=device), 0.2),
-        (triton_ops.fold, square, 0.1, HALF),
-        (triton_ops.ista_fwd, x, *channels, square, folded, 0.1, 0.1, 1e-5, False, True),
-        (triton_ops.ista_bwd, *kept, [True] * 4),
-        (triton_ops.compression_fwd, *forward, False),
-        (triton_ops.compression_fwd, *forward, True),
-        (triton_ops.compression_bwd, *backward, None, None, 0.2, False, SINGLE, SINGLE, wanted),
-        (triton_ops.compression_bwd, *backward, x[None], mean, 0.2, True, SINGLE, SINGLE, wanted),
-    ):
-        self_check._right.clear()
-        self_check._seen.clear()
-        names = []
-        for choice in ("0", "1"):
-            launches.clear()
-            monkeypatch.setenv("CRATE_FAST_SELF_CHECK", choice)
-            operator(*arguments)
-            names.append([launch.kernel.__name__ for launch in launches])
-        alone, again = names
-        assert set(again) == set(alone) != set(), operator
-        assert len(again) == 2 * len(alone), operator
+    inside = []  # of `checked`
+
+    def recorded(function, *arguments, **options):
+        before = len(launches)
+        results = checked(function, *arguments, **options)
+        inside.extend(launches[before:])
+        return results
+
+    for module in (odl, triton_ops):
+        monkeypatch.setattr(module, "checked", recorded)
+    for kernel, options in (*((kernel, {}) for kernel in PROBLEMS), ("compress", {"residual": "paper"})):
+        sizes = (1, 40, 2, 32) if kernel == "attention" else (1, 40, 64)
+        problem = PROBLEMS[kernel](sizes, SINGLE, HALF, device, torch.default_generator, **options)
+        problem.results(problem.ours)  # of every operator, forward and backward
+    assert len(inside) == len(launches)
+    assert {name for name, *_ in self_check._right} == {*KERNELS}
 
 
 @pytest.mark.gpu
