@@ -166,11 +166,10 @@ def refuses(capsys):
 
 @contextmanager
 def _without_figures():
-    from crate_fast.train import report
+    from runs import without_figures
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("curve_figure", "image_grid"):
-            patch.setattr(report, name, lambda *_, **__: None)
+        without_figures(patch.setattr)
         yield
 
 
