@@ -98,7 +98,6 @@ def test_intermediates_are_the_outputs_of_the_layers():
     for taken, output in zip(maps, outputs, strict=True):
         torch.testing.assert_close(taken.flatten(2).transpose(1, 2), output[:, 1:])
     torch.testing.assert_close(final, outputs[-1])
-    assert {taken.shape for taken in maps} == {(2, 48, 4, 4)}
     (last,) = model.get_intermediate_layers(images, n=1, norm=True)
     torch.testing.assert_close(last, model.mlp_head[0](outputs[2][:, 1:]))
     pairs = model.get_intermediate_layers(images, n=[0, 2], reshape=True, return_prefix_tokens=True)
