@@ -24,7 +24,7 @@ from crate_fast.kernels import folding as folding_kernels
 from crate_fast.kernels import ista as ista_kernels
 from crate_fast.kernels import launch
 from crate_fast.model import ALPHA_OPTIONS
-from crate_fast.probes import norm_ista
+from crate_fast.probes import PROBLEMS, norm_ista
 from crate_fast.reference import ista_reference
 
 SIZES = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 48, "depth": 2, "heads": 3, "dim_head": 16}
@@ -95,11 +95,17 @@ def test_only_requested_gradients_are_computed(device, monkeypatch):
     assert dictionary.grad is not None
 
 
-def test_an_empty_batch_has_zero_gradients(device):
-    x, weight, bias, dictionary = _ista_inputs(device)
-    _norm_ista(x[:0], weight, bias, dictionary).sum().backward()
-    for tensor in (weight, bias, dictionary):
-        assert torch.equal(tensor.grad, torch.zeros_like(tensor))
+@pytest.mark.parametrize("fused_map", ["0", "1"])
+@pytest.mark.parametrize(
+    ("kernel", "options"), [("norm_ista", {}), ("odl", {}), ("compress", {}), ("compress", {"residual": "paper"})]
+)
+def test_an_empty_batch_has_zero_gradients(kernel, options, fused_map, device, monkeypatch):
+    monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", fused_map)
+    problem = PROBLEMS[kernel]((2, 17, 64), torch.float16, None, device, torch.default_generator, **options)
+    x, *weights = (tensor.requires_grad_() for tensor in problem.inputs)
+    y = problem.ours(x[:0], *weights)
+    assert y.shape == (0, 17, 64)
+    assert not any(gradient.any() for gradient in torch.autograd.grad(y.sum(), weights))
 
 
 def test_a_layer_norm_that_cannot_be_fused_is_called(device):
