@@ -1,9 +1,7 @@
 """The kernels against the float64 reference: attention by rows and by whole heads, ISTA, LayerNorm and the weights.
 
-They run on a GPU, or on a CPU through Triton's interpreter. In half precision the error is at most twice eager's.
-fp32 products are exact in the interpreter, which thus tests the algebra, also of whole heads, which a GPU runs in
-half precision only. A GPU skips these cases: its fp32 products are TF32, which `crate-fast check` judges.
-bfloat16 is tested in test_bfloat16.py, compilation in test_compiler.py.
+fp32 products are exact in Triton's interpreter, which thus tests the algebra, also of whole heads, which a GPU runs
+in half precision only. A GPU skips fp32: its products are TF32, which `crate-fast check` judges.
 """
 
 import itertools
