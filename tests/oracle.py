@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crate_fast.accuracy import gradients, judge
-from crate_fast.probes import PROBLEMS
+from crate_fast.probes import PROBLEMS, Problem
 
 
 def tokens_and_gradient(shape: tuple[int, ...], dtype: torch.dtype, device, **drawn) -> tuple[Tensor, Tensor]:
@@ -54,6 +54,12 @@ def agrees(ours: Callable, reference: Callable, inputs: Sequence[Tensor], names:
     actual, eager = (gradients(function, inputs, grad) for function in (ours, reference))
     truth = gradients(reference, [tensor.double() for tensor in inputs], grad.double())
     return all_within_twice_eager(actual, eager, truth, names)
+
+
+def problem_is_right(problem: Problem) -> bool:
+    """Return True if ours is within twice the error of the reference in the same dtype or under autocast."""
+    actual, eager = (problem.results(function) for function in (problem.ours, problem.reference))
+    return all_within_twice_eager(actual, eager, problem.truth(), problem.names)
 
 
 def model_gradients(model: torch.nn.Module, images: Tensor, autocast: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -5,15 +5,13 @@ other precisions and wider layers, and reruns that must be bit-equal.
 """
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
-from oracle import agrees, all_within_twice_eager, gradients, model_gradients, mutant, tokens_and_gradient
+from oracle import all_within_twice_eager, gradients, model_gradients, mutant, problem_is_right, tokens_and_gradient
 from released import ReleasedCRATE
 
 from crate_fast import CRATE
-from crate_fast.functional import subspace_attention
 from crate_fast.kernels import whole_head
 from crate_fast.kernels.launch import Tile
 from crate_fast.probes import PROBLEMS
@@ -25,6 +23,10 @@ pytestmark = [pytest.mark.usefixtures("bfloat16", "poisoned"), *([pytest.mark.gp
 
 def _size(on_gpu: int, on_cpu: int) -> int:
     return on_gpu if ON_GPU else min(on_gpu, on_cpu)
+
+
+def _is_right(kernel: str, sizes: tuple[int, ...], device, **options) -> bool:
+    return problem_is_right(PROBLEMS[kernel](sizes, BF16, None, device, torch.default_generator, **options))
 
 
 ATTENTION = [  # [B, N, H, D], how W is drawn
@@ -46,9 +48,7 @@ ATTENTION = [  # [B, N, H, D], how W is drawn
 def test_subspace_attention_is_within_twice_eagers_error(shape, drawn, device):
     batch, n_tokens, heads, dim = shape
     shape = _size(batch, 1), n_tokens, _size(heads, 2 if n_tokens < 100 else 1), dim
-    w, grad = tokens_and_gradient(shape, BF16, device, **drawn)
-    ours = partial(subspace_attention, backend="triton")
-    assert agrees(ours, subspace_attention_reference, [w], "O dW", grad)
+    assert _is_right("attention", shape, device, **drawn)
 
 
 # Correct in exact arithmetic but wrong in bf16 for saturated heads: (code in whole_head.py, its replacement).
@@ -82,13 +82,6 @@ def test_a_kernel_with_a_wrong_rounding_fails_in_bf16_and_passes_in_fp32(name, d
 
     assert not is_right(w, grad)
     assert is_right(w.float(), grad.float())
-
-
-def _is_right(kernel: str, sizes: tuple[int, ...], device, **options) -> bool:
-    """Draw the problem of a probe; judge the output and the gradients of ours."""
-    problem = PROBLEMS[kernel](sizes, BF16, None, device, torch.default_generator, **options)
-    actual, eager = (problem.results(function) for function in (problem.ours, problem.reference))
-    return all_within_twice_eager(actual, eager, problem.truth(), problem.names)
 
 
 @pytest.mark.parametrize(  # at 384 the tile 128×256 becomes 256×128
