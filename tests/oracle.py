@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crate_fast.accuracy import gradients, judge
+from crate_fast.accuracy import judge
 from crate_fast.probes import PROBLEMS, Problem
 
 
@@ -51,9 +51,7 @@ def is_right(actual: Sequence[Tensor], eager: Iterable, truth: Sequence, names: 
 def agrees(ours: Callable, reference: Callable, inputs: Sequence[Tensor], names: str, grad=None) -> bool:
     """Return True if our output and gradients are within twice the error of the reference in the same dtype."""
     grad = torch.randn_like(reference(*inputs)) if grad is None else grad
-    actual, eager = (gradients(function, inputs, grad) for function in (ours, reference))
-    truth = gradients(reference, [tensor.double() for tensor in inputs], grad.double())
-    return all_within_twice_eager(actual, eager, truth, names)
+    return problem_is_right(Problem(ours, reference, inputs, grad, names))
 
 
 def problem_is_right(problem: Problem) -> bool:

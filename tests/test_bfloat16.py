@@ -8,10 +8,11 @@ import itertools
 
 import pytest
 import torch
-from oracle import all_within_twice_eager, gradients, model_gradients, mutant, problem_is_right, tokens_and_gradient
+from oracle import all_within_twice_eager, model_gradients, mutant, problem_is_right, tokens_and_gradient
 from released import ReleasedCRATE
 
 from crate_fast import CRATE
+from crate_fast.accuracy import gradients
 from crate_fast.kernels import whole_head
 from crate_fast.kernels.launch import Tile
 from crate_fast.probes import PROBLEMS

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import agrees, gradients, tokens_and_gradient
+from oracle import agrees, tokens_and_gradient
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses import FakeTensorMode
 
 import crate_fast
 from crate_fast import SPIN_COUNT, cpu_ops, functional, reference
-from crate_fast.accuracy import clear_of_threshold, judge
+from crate_fast.accuracy import clear_of_threshold, gradients, judge
 from crate_fast.backends import explain_backend
 from crate_fast.functional import ista, linear, subspace_attention
 from crate_fast.kernels import assuming_gpu

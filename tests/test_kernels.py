@@ -11,11 +11,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import all_within_twice_eager, gradients, is_right, mutant, skip_tf32, tokens_and_gradient
+from oracle import all_within_twice_eager, is_right, mutant, skip_tf32, tokens_and_gradient
 from torch import Tensor
 
 from crate_fast import functional, kernels
-from crate_fast.accuracy import clear_of_threshold
+from crate_fast.accuracy import clear_of_threshold, gradients
 from crate_fast.kernels import attention, folding, ista, layer_norm, product, whole_head
 from crate_fast.kernels.launch import TABLE, Tile, cdiv, lookup, precision
 from crate_fast.probes import norm_ista
