@@ -56,14 +56,18 @@ def test_patches_that_are_mostly_void_are_invalid():
     assert on_grid.tolist() == [[False, False, True, False]]
 
 
-def make_coco(root):
-    """Write COCO with one image of two categories, one with overlapping instances, and a crowd."""
+def make_coco(root, change=lambda content, annotation: None):
+    """Write COCO with one image of two categories, one with overlapping instances, and a crowd.
+
+    First `change(content, annotation 2)`, a box at x = 10, changes them in place or returns new entries.
+    """
     (root / "val2017").mkdir(parents=True)
     Image.fromarray(np.full((40, 60, 3), 99, np.uint8)).save(root / "val2017" / "x.jpg")
     boxes = (7, 0, 0, 20, 20), (7, 10, 0, 20, 20), (2, 40, 20, 20, 20), (2, 0, 30, 10, 10, 1)
     annotations = [coco_box(number, 5, *box) for number, box in enumerate(boxes, start=1)]
     content = {"images": [{"id": 5, "file_name": "x.jpg", "height": 40, "width": 60}], "annotations": annotations}
     content["categories"] = [{"id": 2, "name": "cat"}, {"id": 7, "name": "dog"}]
+    content |= change(content, annotations[1]) or {}
     return write_tree(root, {"annotations/instances_val2017.json": json.dumps(content).encode()})
 
 
@@ -81,7 +85,7 @@ def test_masks_fit_the_object_in_every_orientation(tmp_path, orientation, stored
     if stored_as is not None:
         picture = picture.transpose(stored_as)
     voc, coco = write_voc(tmp_path) / "VOC2012", tmp_path / "coco"
-    changed_coco(coco, lambda content, _: {"annotations": [coco_box(1, 5, 7, 0, 0, 15, 10)]})
+    make_coco(coco, lambda *_: {"annotations": [coco_box(1, 5, 7, 0, 0, 15, 10)]})
     Image.fromarray(corner, mode="P").save(voc / "SegmentationClass" / "a.png")
     for path in (voc / "JPEGImages" / "a.jpg", coco / "val2017" / "x.jpg"):
         picture.save(path, exif=exif, quality=95)
@@ -132,15 +136,6 @@ def test_missing_data_is_an_error(tmp_path):
             open_images(name.format(tmp_path), 32)
 
 
-def changed_coco(root, change):
-    """Write the folder of `make_coco` after `change(content, annotation 2)`; annotation 2 is a box at x = 10."""
-    file = make_coco(root) / "annotations" / "instances_val2017.json"
-    content = json.loads(file.read_text())
-    content |= change(content, content["annotations"][1]) or {}
-    file.write_text(json.dumps(content))
-    return f"coco:{root}"
-
-
 def without(*names):
     """Return a change that removes fields from every annotation."""
     return lambda content, _: [content["annotations"][i].pop(n) for i in range(3) for n in names] and None
@@ -176,7 +171,7 @@ def as_run_lengths(content, annotation):
     ],
 )
 def test_coco_masks_are_unions_crowds_are_void_and_missing_values_are_computed(tmp_path, capsys, change):
-    images = open_images(changed_coco(tmp_path, change), 32)
+    images = open_images(f"coco:{make_coco(tmp_path, change)}", 32)
     target, entries = images[0].target, images.coco.loadAnns([1, 2, 3, 4])
     assert (images.keys(), target.classes, images.class_names()) == ([5], [2, 7], {2: "cat", 7: "dog"})
     assert target.masks.sum(dim=(1, 2)).tolist() == [400, 600]
@@ -190,8 +185,8 @@ def test_coco_masks_are_unions_crowds_are_void_and_missing_values_are_computed(t
 
 
 def test_categories_without_names_are_numbered(tmp_path):
-    specification = changed_coco(tmp_path, lambda *_: {"categories": [{"id": 2}, {"id": 7, "name": "dog"}]})
-    assert open_images(specification, 32).class_names() == {2: "2", 7: "dog"}
+    make_coco(tmp_path, lambda *_: {"categories": [{"id": 2}, {"id": 7, "name": "dog"}]})
+    assert open_images(f"coco:{tmp_path}", 32).class_names() == {2: "2", 7: "dog"}
 
 
 RUNS = {"size": [40, 60], "counts": [0, 2400]}
@@ -231,22 +226,23 @@ def _image(**values):
     ],
 )
 def test_wrong_annotations_are_errors_when_the_file_is_opened(tmp_path, change, message):
-    specification = changed_coco(tmp_path, change)
+    make_coco(tmp_path, change)
     with pytest.raises(UserError, match=rf"^[^\n]*instances_val2017\.json[^\n]*{message}[^\n]*$"):
-        open_images(specification, 32)
+        open_images(f"coco:{tmp_path}", 32)
 
 
 @pytest.mark.parametrize("name", ["val2017/x.jpg", "./x.jpg", "val2017\\x.jpg", "photos/x.jpg"])
 def test_file_names_may_include_the_folder(tmp_path, name):
-    specification = changed_coco(tmp_path, _image(file_name=name))
+    make_coco(tmp_path, _image(file_name=name))
     if name.startswith("photos"):
         (tmp_path / "val2017" / "x.jpg").rename((tmp_path / "photos").mkdir() or tmp_path / "photos" / "x.jpg")
-    assert open_images(specification, 32)[0].target.classes == [2, 7]
+    assert open_images(f"coco:{tmp_path}", 32)[0].target.classes == [2, 7]
 
 
 def test_a_wrong_image_size_is_a_problem_before_masks_are_allocated(tmp_path):
-    specification = changed_coco(tmp_path, _image(height=10**6, width=10**6))
-    assert "annotated size is (1000000, 1000000), the image has (40, 60)" in open_images(specification, 32)[0].problem
+    make_coco(tmp_path, _image(height=10**6, width=10**6))
+    problem = open_images(f"coco:{tmp_path}", 32)[0].problem
+    assert "annotated size is (1000000, 1000000), the image has (40, 60)" in problem
 
 
 def test_a_file_without_annotations_is_an_error(tmp_path):
