@@ -71,7 +71,7 @@ def test_shards_of_webdataset_are_read_as_by_timm(tmp_path):
         for value in range(13):
             picture = np.full((20, 30, 3), value, np.uint8)
             writer.write({"__key__": f"n{value % 3}/im{value:03d}", "png": picture, "cls": value % 3})
-    ours = _values(_open(*find_shards(tmp_path, "train")))
+    ours = _values(pickle.loads(pickle.dumps(_open(*find_shards(tmp_path, "train")))))  # as a spawned worker gets it
     assert ours == [(value, value % 3) for value in range(13)]
     theirs = create_dataset("wds/", root=str(tmp_path), split="train-{0000..0002}.tar|13", num_samples=13)
     assert sorted((np.asarray(image)[0, 0, 0], label) for image, label in theirs) == sorted(ours)
@@ -263,16 +263,6 @@ def test_written_shards_have_the_readable_images_at_the_given_size(folder, capsy
             assert np.abs(smaller - np.asarray(new)).mean() < 6  # of 255: the loss of JPEG
         else:
             assert after.val.images.open(i)[0].read() == Path(before.val.images.name(i)).read_bytes()
-
-
-def test_a_source_and_the_job_of_a_writing_process_can_be_pickled(folder, tmp_path):
-    source = build_splits(config_of("data", val_split="val")).train.images
-    options = SimpleNamespace(shorter_side=24, quality=95, per_shard=8)
-    write_shards._init_worker(*pickle.loads(pickle.dumps((source, tmp_path / "train", options))))
-    assert len(write_shards._write_shard(0)) == 1
-    written = _open(tmp_path / "train-00000.tar")
-    assert len(written) == 7
-    assert _values(pickle.loads(pickle.dumps(written))) == _values(written)
 
 
 @pytest.mark.parametrize(
