@@ -11,19 +11,11 @@ import torchvision
 from image_data import config_of, encoded, write_tree
 from PIL import Image
 from runs import ALONE
-from torchvision.transforms import PILToTensor
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.loader import build_splits, train_loader
-from crate_fast.train.data.transforms import (
-    Normalize,
-    drawing_from,
-    eval_transform,
-    pixels,
-    policy_transform,
-    train_transform,
-)
+from crate_fast.train.data.transforms import Normalize, drawing_from, policy_transform, train_transform
 from crate_fast.train.objective import Classification
 
 SCENES = TrainConfig(train_samples=40, val_samples=11, batch_size=8, epochs=2, image_size=32, workers=0, hflip=0.5)
@@ -176,18 +168,6 @@ def test_augmentation_depends_only_on_the_samples_key(policy):
     first = [augmented(*name) for name in names]
     assert first == [augmented(*name) for name in names]
     assert len(set(first)) == len(names)
-
-
-def test_pixels_equal_torchvisions():
-    assert np.array_equal(pixels(PICTURE), PILToTensor()(PICTURE).numpy())
-
-
-def test_evaluation_crops_the_middle():
-    wide = Image.new("RGB", (300, 100), "red")
-    wide.paste("blue", (100, 0, 200, 100))
-    image = eval_transform(TrainConfig(image_size=50))(wide)
-    assert image.size == (50, 50)
-    assert np.unique(np.asarray(image)[:, 2:-2].reshape(-1, 3), axis=0).tolist() == [[0, 0, 255]]
 
 
 def test_normalisation_and_its_inverse():
