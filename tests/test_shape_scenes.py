@@ -1,7 +1,6 @@
 """shape_scenes: the same bits everywhere, and labels that colour, area and position do not give."""
 
 import hashlib
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,20 +17,11 @@ GOLDEN = {
 }
 
 
-class Sample(NamedTuple):
-    images: np.ndarray  # float32 [n, 3, S, S]
-    labels: np.ndarray  # int64 [n]
-    masks: np.ndarray  # bool [n, S, S]
-
-
-@pytest.fixture(scope="module")
-def sample() -> Sample:
-    return stacked(ShapeScenes(8000, image_size=32, with_mask=True), range(8000))
-
-
-def stacked(dataset: ShapeScenes, indices) -> Sample:
-    images, labels, masks = zip(*dataset.__getitems__(indices), strict=True)
-    return Sample(torch.stack(images).float().numpy(), np.array(labels), torch.stack(masks).numpy())
+def first_scenes(count: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return images, float32 [n, 3, S, S], labels [n] and masks, boolean [n, S, S]."""
+    dataset = ShapeScenes(count, image_size=size, with_mask=True)
+    images, labels, masks = zip(*dataset.__getitems__(range(count)), strict=True)
+    return torch.stack(images).float().numpy(), np.array(labels), torch.stack(masks).numpy()
 
 
 def same(a: tuple, b: tuple) -> bool:
@@ -48,21 +38,15 @@ def probe_accuracy(features: np.ndarray, labels: np.ndarray) -> float:
     return float(((z[half:] @ weights).argmax(1) == labels[half:]).mean())
 
 
-def mask_moments(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return area and centroid (x, y) of masks, as fractions of the image."""
-    place = (np.arange(masks.shape[-1]) + 0.5) / masks.shape[-1]
-    area = masks.mean((1, 2))
-    return area, (masks * place).mean((1, 2)) / area, (masks * place[:, None]).mean((1, 2)) / area
-
-
 def test_a_scene_is_the_same_at_every_size():
-    small, large = (stacked(ShapeScenes(40, image_size=s, with_mask=True), range(40)) for s in (32, 128))
-    assert (small.labels == large.labels).all()
-    shrunk = large.masks.reshape(40, 32, 4, 32, 4).mean((2, 4)) >= 0.5
-    overlap = (small.masks & shrunk).sum((1, 2)) / (small.masks | shrunk).sum((1, 2))
+    images, labels, masks = first_scenes(40, 32)
+    large_images, large_labels, large_masks = first_scenes(40, 128)
+    assert (labels == large_labels).all()
+    shrunk = large_masks.reshape(40, 32, 4, 32, 4).mean((2, 4)) >= 0.5
+    overlap = (masks & shrunk).sum((1, 2)) / (masks | shrunk).sum((1, 2))
     assert overlap.min() > 0.85, overlap
-    colour = large.images.reshape(40, 3, 32, 4, 32, 4).mean((3, 5))
-    assert np.abs(small.images - colour).mean() < 12.0  # of 255; grain and texture detail differ
+    colour = large_images.reshape(40, 3, 32, 4, 32, 4).mean((3, 5))
+    assert np.abs(images - colour).mean() < 12.0  # of 255; grain and texture detail differ
 
 
 def test_an_item_does_not_depend_on_the_batch():
@@ -86,23 +70,25 @@ def test_scenes_have_the_same_bits_as_ever(size, seed, split):
     assert digest.hexdigest() == GOLDEN[size, seed, split], "shape_scenes changed: see the comment at GOLDEN"
 
 
-def test_colour_area_and_position_do_not_give_the_label(sample):
+def test_colour_area_and_position_do_not_give_the_label():
     """Held-out accuracy stays within 4 sigma of chance: 0.101 for 4000 images."""
-    edges = np.concatenate([sample.masks[:, [0, -1], :], sample.masks[:, :, [0, -1]].swapaxes(1, 2)], axis=1)
-    assert not edges.any()  # cut objects would reveal wide silhouettes
-    area, cx, cy = mask_moments(sample.masks)
-    inside = (sample.images * sample.masks[:, None]).mean((2, 3)) / area[:, None]
+    images, labels, masks = first_scenes(8000, 32)
+    assert not masks[:, [0, -1], :].any()  # cut objects would reveal wide silhouettes
+    assert not masks[:, :, [0, -1]].any()
+    mean, area, place = images.mean((2, 3)), masks.mean((1, 2)), (np.arange(32) + 0.5) / 32
+    inside = (images * masks[:, None]).mean((2, 3)) / area[:, None]
+    centroids = [(masks * places).mean((1, 2)) / area for places in (place, place[:, None])]
     features = {
-        "mean colour": sample.images.mean((2, 3)),
-        "object colour": np.concatenate([inside, sample.images.mean((2, 3))], axis=1),
+        "mean colour": mean,
+        "object colour": np.concatenate([inside, mean], axis=1),
         "area": area[:, None],
-        "position": np.stack([cx, cy], axis=1),
+        "position": np.stack(centroids, axis=1),
     }
     features["all of them"] = np.concatenate(list(features.values())[1:], axis=1)
     chance = 1.0 / len(CLASSES)
-    bound = chance + 4.0 * (chance * (1.0 - chance) / (len(sample.labels) // 2)) ** 0.5
+    bound = chance + 4.0 * (chance * (1.0 - chance) / (len(labels) // 2)) ** 0.5
     for cue, values in features.items():
-        assert probe_accuracy(values, sample.labels) < bound, cue
+        assert probe_accuracy(values, labels) < bound, cue
 
 
 def test_bad_arguments_are_errors():
