@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -146,60 +147,50 @@ def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "cifar"], "no recipe 'cifar': did you mean 'cifar10'?"),
-        (["--dataset", "cifar100"], "dataset='cifar100' needs data_dir"),
-        (["--dataset", "shape_scene"], "dataset='shape_scene': did you mean 'shape_scenes'?; choose one of shape_"),
-        (["--head", "new"], "head='new' needs initial weights: pass --init"),
-        (["--frozen", "--mixup", "0.5"], "leave out mixup, cutmix and layer_decay"),
-        (["--random-erasing", "1.5"], "random_erasing=1.5: it must be between 0 and 1"),
-        (["--attn-drop-rate", "1"], "attn_drop_rate=1.0: it must be at least 0, and below 1"),
-        (["--epochs", "0"], "epochs=0: it must be at least 1"),
-        (["--layer-decay", "1.5"], "layer_decay=1.5: it must be above 0"),
-        (["--dropout", "0.1"], "unknown argument '--dropout': did you mean '--drop-rate'"),
-        (["--lr", "inf"], "lr=inf: it must be positive and finite"),
-        (["--min-lr", "nan"], "min_lr=nan: it must be at least 0"),
-        (["--compile-mode", "max-autotune"], "compile_mode='max-autotune' needs compile=True: pass --compile too"),
-        (
-            ["--compile", "--compile-mode", "reduce-overhead", "--accumulate", "2"],
-            "PyTorch's CUDA graphs overwrite gradients with accumulate=2; use compile_mode='default' or",
-        ),
-        (
-            ["--compile", "--compile-mode", "reduce-overhead", "--parallel", "fsdp"],
-            "but parallel='fsdp' moves them: use compile_mode='default', or parallel='ddp'",
-        ),
-        (["--batch-size", "10", "--accumulate", "3"], "not a multiple of accumulate=3"),
-        (["--warmup-epochs", "9"], "warmup_epochs=9 is above epochs=2, so"),
-        (["--min-lr", "0.1"], "min_lr=0.1 is above the peak learning rate 0.003: lower min_lr"),
-        (["--threads", "100000"], "threads=100000: it must be at least 0, and at most 1024"),
-        (["--device", "meta"], "device='meta' cannot be used here: choose auto, cpu"),
-        (["--optimizer", "fusedadam", "--train-samples", "128"], "optimizer='fusedadam' cannot be used here"),
-        (["--optimizer", "qqqq"], "optimizer='qqqq': timm has no such optimiser"),
-        (["--optimizer", "madgrad"], "could not be resumed: choose another"),
-        (
-            ["--optimizer", "cadamw", "--parallel", "fsdp"],
-            "optimizer='cadamw' needs whole weights: pass --parallel ddp",
-        ),
-        (["--optimizer", "adahessian"], "second derivatives"),
-        (["--model", "vit_tiny_patch16_224.nope"], "did you mean 'vit_tiny_patch16_224'?"),
-        (["--model", "resnet18"], "models without img_size cannot be trained here"),
-        (["--model", "vit_tiny_patch16_224", "--heads", "7"], "cannot be built with {'img_size'"),
-        (["--train-samples", "96"], "the training split has 96 images, fewer than batch_size=128"),
-        (["--heads", "7"], "heads=7 does not divide dim=128: choose another number of heads"),
-        (["--recipe", "RECIPE"], "is not valid YAML: while parsing"),
-        (["--output", "", "--resume"], "--resume needs the folder of the run to continue: pass --output"),
-        (["--crop", "random"], "crop='random' has no effect on dataset='shape_scenes', which generates its images"),
-        (["--data-dir", "x"], "data_dir='x' has no effect on dataset='shape_scenes', which generates its images"),
-        (["--recipe", "SCENES"], "crop_scale=0.5 has no effect on dataset='shape_scenes'"),
-        (["--recipe", "cifar10", "--data-dir", "x", "--crop-scale", "0.5"], "crop_scale=0.5 needs crop='random'"),
+        ("--recipe cifar", "no recipe 'cifar': did you mean 'cifar10'?"),
+        ("--dataset cifar100", "dataset='cifar100' needs data_dir"),
+        ("--dataset shape_scene", "dataset='shape_scene': did you mean 'shape_scenes'?; choose one of shape_"),
+        ("--head new", "head='new' needs initial weights: pass --init"),
+        ("--frozen --mixup 0.5", "leave out mixup, cutmix and layer_decay"),
+        ("--random-erasing 1.5", "random_erasing=1.5: it must be between 0 and 1"),
+        ("--attn-drop-rate 1", "attn_drop_rate=1.0: it must be at least 0, and below 1"),
+        ("--epochs 0", "epochs=0: it must be at least 1"),
+        ("--layer-decay 1.5", "layer_decay=1.5: it must be above 0"),
+        ("--dropout 0.1", "unknown argument '--dropout': did you mean '--drop-rate'"),
+        ("--lr inf", "lr=inf: it must be positive and finite"),
+        ("--min-lr nan", "min_lr=nan: it must be at least 0"),
+        ("--compile-mode max-autotune", "compile_mode='max-autotune' needs compile=True: pass --compile too"),
+        ("--compile --compile-mode reduce-overhead --accumulate 2", "gradients with accumulate=2; use compile_mode="),
+        ("--compile --compile-mode reduce-overhead --parallel fsdp", "parallel='fsdp' moves them: use compile_mode="),
+        ("--batch-size 10 --accumulate 3", "not a multiple of accumulate=3"),
+        ("--warmup-epochs 9", "warmup_epochs=9 is above epochs=2, so"),
+        ("--min-lr 0.1", "min_lr=0.1 is above the peak learning rate 0.003: lower min_lr"),
+        ("--threads 100000", "threads=100000: it must be at least 0, and at most 1024"),
+        ("--device meta", "device='meta' cannot be used here: choose auto, cpu"),
+        ("--optimizer fusedadam --train-samples 128", "optimizer='fusedadam' cannot be used here"),
+        ("--optimizer qqqq", "optimizer='qqqq': timm has no such optimiser"),
+        ("--optimizer madgrad", "could not be resumed: choose another"),
+        ("--optimizer cadamw --parallel fsdp", "optimizer='cadamw' needs whole weights: pass --parallel ddp"),
+        ("--optimizer adahessian", "second derivatives"),
+        ("--model vit_tiny_patch16_224.nope", "did you mean 'vit_tiny_patch16_224'?"),
+        ("--model resnet18", "models without img_size cannot be trained here"),
+        ("--model vit_tiny_patch16_224 --heads 7", "cannot be built with {'img_size'"),
+        ("--train-samples 96", "the training split has 96 images, fewer than batch_size=128"),
+        ("--heads 7", "heads=7 does not divide dim=128: choose another number of heads"),
+        ("--recipe RECIPE", "is not valid YAML: while parsing"),
+        ("--output '' --resume", "--resume needs the folder of the run to continue: pass --output"),
+        ("--crop random", "crop='random' has no effect on dataset='shape_scenes', which generates its images"),
+        ("--data-dir x", "data_dir='x' has no effect on dataset='shape_scenes', which generates its images"),
+        ("--recipe SCENES", "crop_scale=0.5 has no effect on dataset='shape_scenes'"),
+        ("--recipe cifar10 --data-dir x --crop-scale 0.5", "crop_scale=0.5 needs crop='random'"),
     ],
 )
 def test_bad_command_lines_are_one_line_errors(arguments, message, capsys, tmp_path):
     files = {"RECIPE": "lr: [1\nb: }", "SCENES": "dataset: shape_scenes\ncrop_scale: 0.5"}
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
-    arguments = [str(tmp_path / f"{word}.yaml") if word in files else word for word in arguments]
-    arguments = arguments if "--resume" in arguments else [*arguments, "--output", str(tmp_path / "run")]
-    assert pretrain.main(arguments) == 2
+    words = [str(tmp_path / f"{word}.yaml") if word in files else word for word in shlex.split(arguments)]
+    assert pretrain.main(words if "--resume" in words else [*words, "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert (error.startswith("error: "), error.count("\n")) == (True, 1)
     assert message in error
