@@ -184,10 +184,7 @@ def test_images_of_an_existing_folder_are_counted(tmp_path, planned):
         ("--recipe finetune_pets --dataset folder --images 500", "train does not exist .*--images N and --classes N"),
         ("--gpus 3", "batch_size=128 cannot be divided among 3 processes × 1 accumulation steps: make it a multiple"),
         ("--optimizer lyon", "lyon"),
-        (
-            "--model vit_tiny_patch16_224 --image-size 50",
-            r"image size \(50, 50\) is not a multiple of the patch size",
-        ),
+        ("--model vit_tiny_patch16_224 --image-size 50", r"image size \(50, 50\) is not a multiple of the patch"),
         ("--model twins_svt_small --grad-checkpointing", "model='twins_svt_small' has none; leave it out"),
         ("--optimizer kron --depth 1", "optimizer='kron' cannot be planned"),
         ("--dataset folder --data-dir EMPTY", "it holds no images"),

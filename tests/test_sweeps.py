@@ -179,10 +179,7 @@ def test_the_comparison_has_the_papers_numbers_and_the_difference(data, tmp_path
     ("line", "folder"),
     [
         ("white_box runs/a A=runs/b --device cpu --workers 2", "white_box/runs_a+A_runs_b"),
-        (
-            "attention_maps runs/a --data coco:x/coco --figure semantic",
-            "attention_maps/runs_a/data=coco_x_coco,figure=semantic",
-        ),
+        ("attention_maps runs/a --data coco:x --figure models", "attention_maps/runs_a/data=coco_x,figure=models"),
         ("pca runs/a --data folder:x --layers 0,3 --seed 1", "pca/runs_a/data=folder_x,seed=1,layers=0+3"),
         ("classify runs/a --raw-pixels --data-dir x/y", "classify/runs_a/data_dir=x_y,raw_pixels=True"),
         ("comparison runs/a --table figure4 --voc voc:x", "comparison/runs_a/table=figure4,voc=voc_x"),
