@@ -31,9 +31,9 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md")), *sorted((DOCS / "results").glob("*.md")), *HOW_TO]
+PAGES += [DOCS / "emergence" / "photographs" / "protocol.md"]
 LINKING = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), ROOT / "kernels" / "README.md"]
 RUN = [DOCS / "tutorial.md", *HOW_TO]  # commands of these pages run here; those of the others are only parsed
-PROTOCOL_PAGES = [DOCS / "emergence" / "photographs" / "protocol.md"]
 PROTOCOLS = {f"{package}.{name}{module}" for _, table, package, module in cli.GROUPS.values() for name in table}
 COMMAND_MODULES = {module for module, _ in cli.COMMANDS.values()} | PROTOCOLS
 
@@ -137,7 +137,7 @@ def _parsed_only(page: Path, command: str) -> bool:
     "page",
     [
         page
-        for page in (*PAGES, *PROTOCOL_PAGES)
+        for page in PAGES
         if any(_parsed_only(page, command) or "tests/" in command for command in _commands(page))
     ],
     ids=lambda page: page.name,

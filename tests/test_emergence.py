@@ -36,16 +36,14 @@ from crate_fast.train.runs import run_config
 from crate_fast.train.trainer import Trainer
 
 SMOKE = SIZES["smoke"]
-TWO_SEEDS = dataclasses.replace(SMOKE, seeds=(0, 1))
 PAGES = ROOT / "docs" / "emergence" / "photographs"
 ON_CPU = {"device": "cpu", "threads": 1, "workers": 0}
-NOWHERE = Path("data")
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_models_differ_only_in_the_ablation(size):
     protocol = SIZES[size]
-    configs = {model: vars(protocol.training_config(Run(model, 0), 1e-3, NOWHERE)) for model in MODELS}
+    configs = {model: vars(protocol.training_config(Run(model, 0), 1e-3, Path("data"))) for model in MODELS}
     for model, config in configs.items():
         differing = {name: value for name, value in config.items() if value != configs["CRATE"][name]}
         assert differing == MODELS[model]
@@ -82,7 +80,7 @@ def results_with(scores: dict[str, list[float]]) -> Results:
         for seed, value in enumerate(values):
             checkpoints = [checkpoint(score) for score in (0.15, value / 100)]
             results[Run(model, seed).name] = {"model": model, "checkpoints": checkpoints}
-    return Results(results, TWO_SEEDS)
+    return Results(results, dataclasses.replace(SMOKE, seeds=(0, 1)))
 
 
 def test_claims_hold_for_good_scores_only():

@@ -241,11 +241,9 @@ def test_ids_and_categories_do_not_change_scores(folder, of_annotation):
     assert json.dumps(content) == before  # the caller's annotations are not changed
 
 
-MODEL = ["crate_tiny_patch8_224@untrained", "--model-args", "depth=2", "dim=32", "heads=2", "img_size=64"]
-
-
 def _words(folder, output, *more) -> list[str]:
-    return [*MODEL, "--data", f"coco:{folder}", "--image-size", "64", "--output", str(output), *more]
+    model = "crate_tiny_patch8_224@untrained --model-args depth=2 dim=32 heads=2 img_size=64"
+    return [*model.split(), "--data", f"coco:{folder}", "--image-size", "64", "--output", str(output), *more]
 
 
 def _run(folder, output, *more) -> dict:

@@ -24,8 +24,7 @@ from crate_fast.train import pretrain
 from crate_fast.train.config import TrainConfig, build_config, load_recipe
 from crate_fast.train.reconstruction import RATIOS
 
-_ALONE = list(COMMANDS)
-_GROUPED = [f"{word} {name}" for word, (_, entries, *_) in GROUPS.items() for name in entries]
+_COMMANDS = [*COMMANDS, *(f"{word} {name}" for word, (_, entries, *_) in GROUPS.items() for name in entries)]
 
 _PROGRAM = """
 import contextlib, io, json, sys
@@ -50,11 +49,10 @@ _MISSPELT |= {f"{command} --lrr 1": "did you mean '--lr'" for command in _TRAINI
 
 
 def test_help_and_misspelt_words_are_answered_before_slow_imports():
-    commands = [*_ALONE, *_GROUPED]
-    lines = [f"{command} {option}" for command in commands for option in ("--help", "--nosuchoption")]
+    lines = [f"{command} {option}" for command in _COMMANDS for option in ("--help", "--nosuchoption")]
     options = {"input": json.dumps([*lines, *_MISSPELT]), "capture_output": True, "text": True, "check": True}
     answers = json.loads(subprocess.run([sys.executable, "-c", _PROGRAM], **options).stdout)
-    for command in commands:
+    for command in _COMMANDS:
         status, text, _ = answers[f"{command} --help"]
         assert status in (0, None)
         assert text.startswith(f"usage: crate-fast {command} ")

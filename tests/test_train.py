@@ -20,14 +20,12 @@ from crate_fast.train.config import TrainConfig
 from crate_fast.train.optimizer import clip_gradients, gradient_norm, learning_rate
 from crate_fast.train.runs import build_model
 
-OPTIONS = ("--attn-drop-rate", "0.1")
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Folder and printed text of a run."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    return folder, run(*OPTIONS, "--output", str(folder))
+    return folder, run("--attn-drop-rate", "0.1", "--output", str(folder))
 
 
 def test_a_run_writes_its_files_and_prints_their_paths(finished):
