@@ -204,7 +204,6 @@ def test_the_probe_is_that_of_mae():  # its recipe: test_options.py
 
 def test_lars_by_hand():
     """As in MAE, the trust ratio scales matrices but not biases, before the momentum."""
-    torch.manual_seed(0)
     config = tiny_config(frozen=True, optimizer="lars", lr=0.5, weight_decay=0.0)
     model = build_model(config, 12)
     linear = model.get_classifier()[1]
