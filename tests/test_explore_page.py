@@ -3,25 +3,18 @@
 import csv
 import io
 import shutil
-import threading
 
 import numpy as np
 import pytest
-import timm
 from explorer import SHIPPED, explorer_with, picture_file, served
 from PIL import Image
 
-from crate_fast.eval.common.features import extractor_for
-from crate_fast.eval.common.models import LoadedModel
-from crate_fast.eval.explore.inspection import OpenModel
 from crate_fast.settings import require_browser
-from crate_fast.train.data.transforms import Normalize
 
 if not require_browser():
     pytest.importorskip("playwright")
 
 FIGURES = ["picture", "masks", "sparsity", "attention", "components-all", "components-parts", "curves", "classes"]
-SHOWN = "#panels > :nth-child({panel})[data-shown='{shown}']:not([aria-busy])"
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +33,9 @@ def browser():
 
 @pytest.fixture(scope="module")
 def explorer():
-    found = explorer_with(*SHIPPED, "nocls@untrained", "crate_tiny_patch16_224@nowhere.pth")
-    options = {"class_token": False, "global_pool": "avg", "num_classes": 0}
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, **options)
-    loaded = LoadedModel("nocls", model.eval(), Normalize("half"), extractor_for(model), {"parameters": 1})
-    found.models.limit = 9
-    found.models.put(3, OpenModel(loaded, threading.Lock()))
-    return found
+    models = (*SHIPPED, "nocls=vit_tiny_patch16_224@untrained", "crate_tiny_patch16_224@nowhere.pth")
+    words = "class_token=false global_pool=avg num_classes=0 depth=2 img_size=32"  # of nocls; the others ignore them
+    return explorer_with(*models, model_args=words.split())
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +56,7 @@ class Visit:
         page.goto(address)
 
     def wait(self, shown: str, panel: int = 1) -> None:
-        self.page.wait_for_selector(SHOWN.format(panel=panel, shown=shown))
+        self.page.wait_for_selector(f"#panels > :nth-child({panel})[data-shown='{shown}']:not([aria-busy])")
 
     def choose(self, number: int) -> None:
         self.page.locator("#pictures label").nth(number).click()
@@ -240,7 +229,7 @@ def test_after_quick_changes_the_last_choice_is_shown_and_without_an_answer_the_
 
 
 def test_a_model_without_cls_token_shows_the_attention_of_patches(visit):
-    visit.page.select_option(".model", label="nocls@untrained")
+    visit.page.select_option(".model", label="nocls")
     visit.page.wait_for_selector("#status >> text=no CLS token")
     assert "click a patch" in visit.missing("attention")
     visit.ready("picture").click(position={"x": 3, "y": 3})
