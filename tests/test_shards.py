@@ -173,25 +173,17 @@ def test_an_index_that_cannot_be_written_is_kept_in_memory(tmp_path, capsys):
     assert "cached in memory only" in capsys.readouterr().err
 
 
-def test_samples_without_image_or_label_are_errors(tmp_path):
-    twice = [("a.png", b""), ("a.cls", b"1"), ("a.png", b""), ("a.cls", b"0")]
+def test_samples_without_image_or_a_right_label_are_errors(tmp_path):
+    wrong = [("cls", b"cat"), ("cls", b"-1"), ("cls", b"1" + b"0" * 30)]
+    wrong += [("json", b"{}"), ("json", b'{"label": "3"}'), ("json", b"[" * 100_000)]
     for members, message in (
         ([("b/1.png", grey(1)), ("b/1.txt", b"3")], r"image b/1 has no label: put b/1.cls or b/1.json"),
         ([("1.cls", b"1")], "hold no images"),
-        (twice, r"train-0\.tar: a\.png occurs twice"),
+        ([("a.png", b""), ("a.cls", b"1")] * 2, r"train-0\.tar: a\.png occurs twice"),
+        *(([("1.png", b""), (f"1.{kind}", label)], rf"1.{kind} holds .*integer from 0") for kind, label in wrong),
     ):
         with pytest.raises(UserError, match=message):
             _open(write_tar(tmp_path / "train-0.tar", members))
-
-
-def test_wrong_labels_are_errors(tmp_path):
-    for suffix, content in (
-        *(("cls", b"cat"), ("cls", b"-1"), ("cls", b"1" + b"0" * 30)),
-        *(("json", b"{}"), ("json", b'{"label": "3"}'), ("json", b"[" * 100_000)),
-    ):
-        shard = write_tar(tmp_path / "train-0.tar", [("1.png", b""), (f"1.{suffix}", content)])
-        with pytest.raises(UserError, match=rf"1.{suffix} holds .*integer from 0"):
-            _open(shard)
 
 
 def test_a_damaged_archive_is_an_error(tmp_path):
