@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,7 +29,6 @@ from crate_fast.errors import UserError
 from crate_fast.eval.common.images import SceneImages, free_photographs
 from crate_fast.eval.common.models import open_model
 from crate_fast.eval.explore import command
-from crate_fast.eval.explore.command import default_choices
 from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, Pictures, decode
 from crate_fast.eval.maskcut import maskcut
 from crate_fast.eval.pca import pca_rgb
@@ -123,7 +121,6 @@ def test_simultaneous_requests_do_not_mix():
     """Models are opened at the same time, too; the untrained one has the weights of its seed."""
     visitors = 6
     files = [picture_file(100 + number) for number in range(visitors)]
-    start = threading.Barrier(visitors)
 
     def questions(number: int) -> list[tuple[str, dict]]:
         layer = {"layer": number % 4}
@@ -131,7 +128,6 @@ def test_simultaneous_requests_do_not_mix():
         return [("summary", {}), *attention, ("masks", layer)]
 
     def visit(number: int, address: str) -> list[dict]:
-        start.wait()
         about = {"model": number % 3, "picture": send(address, files[number], f"{number}.png").json()["id"]}
         return [ask(address, name, **about, **parameters) for name, parameters in questions(number)]
 
@@ -263,13 +259,13 @@ def test_a_file_name_that_is_not_utf8_is_shown(tmp_path):
 
 def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_an_error_message(tiny_run, tmp_path, monkeypatch):
     runs = tmp_path / "runs"
-    choices, note = default_choices(runs)
+    choices, note = command.default_choices(runs)
     assert choices[0].specification == "shipped:photographs"
     assert "no run below" in note
     for age, name in ((200, "new"), (100, "old")):
         shutil.copytree(tiny_run, runs / name)
         os.utime(runs / name / "checkpoints", (age, age))
-    (choices, note), new = default_choices(runs), runs / "new"
+    (choices, note), new = command.default_choices(runs), runs / "new"
     assert "newest run" in note
     versions = [best_step(new / "checkpoints"), "untrained", 4, 8]
     found = [(choice.specification, choice.untrained) for choice in choices[:4]]
