@@ -182,17 +182,16 @@ def test_weights_of_another_architecture_are_an_error(tmp_path):
 
 def test_a_probe_trains_only_its_classifier(source, tmp_path):
     folder = tmp_path / "probe"
-    words = ["--recipe", "probe_in1k", "--dataset", "shape_scenes", "--init", f"{source}@12", "--warmup-epochs", "1"]
-    words += ["--lr", "10", "--lr-scaling", "none", "--optimizer", "lars", "--attn-drop-rate", "0.3"]
-    words += ["--output", str(folder), "--workers", "0"]
-    text = run(*words, script="linear_probe", processes=2)
+    words = "--recipe probe_in1k --dataset shape_scenes --warmup-epochs 1 --lr 10 --lr-scaling none --workers 0 "
+    words += f"--optimizer lars --attn-drop-rate 0.3 --init {source}@12 --output {folder}"
+    text = run(*words.split(), script="linear_probe", processes=2)
     assert "new classifier (12 → 12 classes)" in text
     before, first, last = weights(source, 12, "ema"), weights(folder, 6), weights(folder, 12)
     for name in before.keys() - set(HEAD):
         assert torch.equal(before[name], last[name]), name
     assert not torch.equal(first["mlp_head.1.1.weight"], last["mlp_head.1.1.weight"])
     assert not torch.equal(first["mlp_head.1.0.running_mean"], torch.zeros(32))
-    run(*words, "--resume", script="linear_probe")
+    run(*words.split(), "--resume", script="linear_probe")
     assert same(dict(open_model(f"{folder}@12").model.state_dict()), last)
 
 
