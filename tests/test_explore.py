@@ -274,7 +274,6 @@ def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_an_error_message(tiny
     heads = [explorer.inspection(number, "s0").attention(0, None)["heads"] for number in range(4)]
     assert heads[0] in heads[2:]
     assert heads[1] != heads[2] != heads[3]
-    assert explorer.inspection(2, "s0").summary["top"][0]["name"] in CLASSES
     (new / "checkpoints" / "step_00000004" / "model.safetensors").write_bytes(b"nothing")
     explorer = explorer_with(f"{new}@4", f"{new}@8")
     monkeypatch.setattr(explorer, "setup", lambda: int("nonsense"))  # stands for a bug
