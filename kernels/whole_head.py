@@ -291,10 +291,7 @@ def _rest_kernel(
 
 
 def split(n_tokens: int, tile: Tile) -> tuple[int, int, int]:
-    """Return how a sequence that `serves` accepts is divided: whole blocks, remaining tokens, their keys per step.
-
-    The remaining tokens are 0 or rounded up to a power of two of at least 16.
-    """
+    """Return the numbers of whole blocks, of remaining tokens (0 or padded to 16, 32, 64), of their keys per step."""
     blocks = min(n_tokens // BLOCK, MOST_BLOCKS)
     rest = n_tokens - blocks * BLOCK
     padded = 0 if rest == 0 else max(16, power_of_2(rest))
