@@ -57,18 +57,20 @@ class _PortableISTA(nn.Module):
 
 
 def _portable(module: nn.Module) -> nn.Module:
-    """Replace every ISTA and disable the kernels of attention and ODL, in place."""
+    """Replace every ISTA, in place."""
     for name, child in list(module.named_children()):
         _portable(child)
-        if isinstance(child, MSSA | ODL | ISTA):
-            child.backend = "torch"
         if type(child) is ISTA:  # not one with a forward of its own
             setattr(module, name, _PortableISTA(child))
     return module
 
 
 def _plain_copy(model: CRATE) -> CRATE:
-    return copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    plain = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    for module in plain.modules():
+        if isinstance(module, MSSA | ODL | ISTA):
+            module.backend = "torch"
+    return plain
 
 
 def _read(model: CRATE, images: Tensor, outputs: Sequence[str], layers: Iterable[int]) -> dict[str, Tensor]:

@@ -123,7 +123,7 @@ def _evaluation(
             "--limit",
             type=positive,
             default=limit,
-            help=f"number of images; default {limit or 'all; of shape_scenes 500'}",
+            help=f"only the first images by path; default {limit or 'all; of shape_scenes 500'}",
         )
     side = "height and width of the images in pixels; default " + str(image_size or "the model's own")
     add("--image-size", type=positive, default=image_size, help=side)
@@ -207,7 +207,7 @@ def _by_epoch() -> argparse.ArgumentParser:
 
 
 def _comparison() -> argparse.ArgumentParser:
-    parser = _evaluation("comparison", data=False, image_size=480)
+    parser = _evaluation("comparison", data=False)
     add = parser.add_argument
     add("--limit", type=positive, help="number of images of each data set; default all")
     add("--table", choices=("figure4", "table1", "table2"), required=True, help="figure or table of the paper")
@@ -236,9 +236,10 @@ def _classify() -> argparse.ArgumentParser:
     parser = _evaluation("classify", data=False)
     parser.set_defaults(batch_size=64)
     add = parser.add_argument
-    add("--protocol", help="some of head,knn,linear; default head,knn, or knn without a head")
+    add("--protocol", help="some of head,knn,linear; default head, or knn without a head")
     add("--dataset", help="as in training: shape_scenes, folder, tar, shards, …; default the run's own")
     add("--data-dir", help="folder of the data set")
+    add("--download", action="store_true", help="allow downloads, and names of data sets on the Hugging Face Hub")
     add("--train-split", help="name of the training split of folder, tar, shards, hf")
     add("--val-split", help="name of the validation split of these")
     add("--train-samples", type=positive, help="number of training images of shape_scenes")

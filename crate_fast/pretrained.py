@@ -42,7 +42,7 @@ def is_model_folder(path: str | Path) -> bool:
 
 
 def _folder_of(name: str) -> Path:
-    folder = FOLDER / name if name in packaged_models() else Path(name)
+    folder = FOLDER / name if name in packaged_models() and not is_model_folder(name) else Path(name)
     if not is_model_folder(folder):
         raise UserError(
             f"{name!r} is not a model with weights: pass one of {', '.join(packaged_models())}, a folder of "
@@ -61,7 +61,7 @@ def load_pretrained(name: str | Path, *, weights: bool = True) -> nn.Module:
     """Return a model with its weights in fp32, in evaluation mode.
 
     Args:
-        name: One of `packaged_models()`, a folder, or hf-hub:USER/NAME; see the module docstring.
+        name: A folder, one of `packaged_models()`, or hf-hub:USER/NAME; see the module docstring.
         weights: False for the same model with random weights.
 
     Raises:

@@ -295,10 +295,11 @@ def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
     plan = []
     changes = {name: getattr(options, name) for name in _DATA_OPTIONS if getattr(options, name) is not None}
+    changes["download"] = options.download
     for loaded in models:
         changes["image_size"] = loaded.extract.image_size[0]
         if loaded.config is not None:
-            config = dataclasses.replace(loaded.config, download=False, **changes)
+            config = dataclasses.replace(loaded.config, **changes)
         elif options.dataset is not None:
             config = TrainConfig(seed=options.seed, **changes)
         else:
@@ -307,12 +308,19 @@ def _command(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--data-dir {options.data_dir} has no effect on dataset='shape_scenes': pass --dataset too"
             )
-        default = ("head", "knn") if loaded.model.num_classes else ("knn",)
+        default = ("head",) if loaded.model.num_classes else ("knn",)
         protocols = tuple(options.protocol.split(",")) if options.protocol else default
-        if options.k and "knn" not in protocols:
-            raise UserError("--k has no effect without knn: add it to --protocol")
-        if options.raw_pixels and not {"knn", "linear"} & {*protocols}:
-            raise UserError("--raw-pixels has no effect without knn or linear: add one to --protocol")
+        probing = {"knn", "linear"} & {*protocols}
+        for option, given, used, where in (
+            ("--k", options.k, "knn" in protocols, "knn in --protocol"),
+            ("--raw-pixels", options.raw_pixels, probing, "knn or linear in --protocol"),
+            ("--train-limit", options.train_limit, probing, "knn or linear in --protocol"),
+            ("--pool mean", options.pool == "mean", probing, "knn or linear in --protocol"),
+            ("--train-samples", options.train_samples, config.dataset == "shape_scenes", "--dataset shape_scenes"),
+            ("--val-samples", options.val_samples, config.dataset == "shape_scenes", "--dataset shape_scenes"),
+        ):
+            if given and not used:
+                raise UserError(f"{option} has no effect without {where}: leave it out, or add that")
         data = plain_splits(config)
         limits = {"ks": options.k, "pool": options.pool, "train_limit": options.train_limit}
         check(loaded, data, protocols, **limits)  # check all models before the first one runs

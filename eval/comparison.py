@@ -35,7 +35,7 @@ def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
     >>> compare("figure4", {"CRATE-S/8": {"VOC mIoU": 20.0}, "mine": {"VOC mIoU": 30.0}})[0]
     {'model': 'CRATE-S/8', 'VOC mIoU': 20.0, 'VOC mIoU paper': 23.9, 'VOC mIoU gap': -3.9}
     """
-    known = list(dict.fromkeys(column for row in paper.TABLES[table].values() for column in row))
+    known = list(next(iter(paper.TABLES[table].values())))
     rows = []
     for label, numbers in ours.items():
         theirs, row = paper.find(table, label), {"model": label}
@@ -49,13 +49,13 @@ def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
 
 def _command(options: argparse.Namespace) -> None:
     config, tasks = {}, []
-    if options.voc and "coarse" not in NEEDS[options.table]:
-        raise UserError(f"--voc has no effect on --table {options.table}: leave it out")
-    if options.coco and "maskcut" not in NEEDS[options.table]:
-        raise UserError(f"--coco has no effect on --table {options.table}: leave it out")
+    for measure, names in (("maskcut", ("coco", "image_size")), ("coarse", ("voc", "voc_size"))):
+        for name in names:
+            if getattr(options, name) and measure not in NEEDS[options.table]:
+                raise UserError(f"--{name.replace('_', '-')} has no effect on --table {options.table}: leave it out")
     for measure in NEEDS[options.table]:
         coco = measure == "maskcut"
-        data, size = (options.coco, options.image_size) if coco else (options.voc, options.voc_size)
+        data, size = (options.coco, options.image_size or 480) if coco else (options.voc, options.voc_size)
         if data is None:
             option = "--coco" if coco else "--voc"
             raise UserError(f"--table {options.table} needs the images of {measure}: pass {option} KIND:PATH")
@@ -74,6 +74,7 @@ def _command(options: argparse.Namespace) -> None:
         numbers = evaluate(loaded, images, [layer], [measure], options.seed, **reading)[layer]
         row = {column: numbers[name] for name, column in _COLUMNS[measure].items()}
         ours.setdefault(loaded.label, {}).update(row)
+        print(f"{loaded.label}: {row}", flush=True)  # the others may take hours
     rows = compare(options.table, ours)
     evaluation.write_table(options.table, rows, digits=1)
     note = "Numbers in %; gap: ours − paper's. The paper uses 5,000 images of COCO val2017 and 1,449 of VOC2012 val."

@@ -25,7 +25,7 @@ from crate_fast.whitebox import layer_measures
 MEASURES = {
     "coding_rate": ("R^c", "R$^c$ of the subspace tokens (nats)"),
     "coding_rate_after_mssa": ("R^c after MSSA", None),
-    "sparsity": ("non-zeros", "share of non-zeros after ISTA"),
+    "sparsity": ("non-zeros", "share of non-zeros in the code"),
 }
 
 

@@ -122,6 +122,10 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
         ("white_box NO_CLS", "none of these models has subspaces or ISTA"),
         ("comparison CRATE --table table1", "pass --coco"),
         ("comparison CRATE --table table1 --coco coco:DATA --voc voc:DATA", "--voc has no effect on --table table1"),
+        (
+            "comparison CRATE --table figure4 --voc voc:DATA --image-size 9",
+            "--image-size has no effect on --table figure4",
+        ),
         ("comparison CRATE --table table2 --coco coco:DATA --voc voc:DATA", "no SegmentationClass folder"),
         ("comparison CRATE --table table2 --coco coco:DATA --voc coco:DATA --voc-size 9", "size 9"),
         ("by_layer CRATE --data folder:DATA", "maskcut needs coco:PATH or shape_scenes"),
@@ -139,6 +143,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
         ("classify CRATE --dataset shape_scenes --data-dir x", "--data-dir x has no effect"),
         ("classify CRATE --dataset shape_scenes --protocol linear --k 5", "--k has no effect without knn"),
         ("classify CRATE --dataset shape_scenes --protocol head --raw-pixels", "--raw-pixels has no effect"),
+        ("classify CRATE --dataset shape_scenes --protocol head --pool mean", "--pool mean has no effect"),
         ("classify CRATE --dataset shape_scenes --protocol knn --train-samples 30 --k 5,31", "--k 31"),
         ("classify NO_CLS --dataset shape_scenes --protocol knn", "pass --pool mean"),
     ],

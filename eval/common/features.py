@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from crate_fast.errors import UserError
 from crate_fast.model import CRATE
-from crate_fast.whitebox import attention_layer, cls_attention, trace
+from crate_fast.whitebox import LayerTrace, attention_layer, cls_attention, visit_layers
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,13 @@ class FeatureExtractor:
         return Features(self.grid, self._tokens(images, wanted))
 
     def _tokens(self, images: Tensor, layers: Iterable[int]) -> dict[int, LayerTokens]:
-        return {t.index: LayerTokens(t.queries, t.keys, t.scale) for t in trace(self.model, images, layers)}
+        found: dict[int, LayerTokens] = {}
+
+        def keep(layer: LayerTrace) -> None:  # not the other tensors of the trace
+            found[layer.index] = LayerTokens(layer.queries, layer.keys, layer.scale)
+
+        visit_layers(self.model, images, keep, layers)
+        return found
 
 
 class _ViTExtractor(FeatureExtractor):

@@ -24,7 +24,7 @@ from crate_fast.checkpoints import is_demo, load_strictly, read_state_dict
 from crate_fast.errors import UserError, nearest
 from crate_fast.eval.common.features import FeatureExtractor, Features, extractor_for
 from crate_fast.eval.common.results import file_name
-from crate_fast.pretrained import HUB, is_model_folder, load_pretrained, packaged_models
+from crate_fast.pretrained import FOLDER, HUB, is_model_folder, load_pretrained, packaged_models
 from crate_fast.registry import create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
 from crate_fast.train.checkpoint import CheckpointError
@@ -141,9 +141,9 @@ def _shared(source: str) -> str | None:
         name = source.removeprefix(_SHIPPED)
         if name not in packaged_models():
             raise UserError(f"{source}: choose one of {', '.join(_SHIPPED + known for known in packaged_models())}")
-        return name
+        return str(FOLDER / name)  # also if a folder here has this name
     if is_model_folder(source):
-        return str(Path(source).resolve())  # a folder may have the name of a packaged model
+        return source
     return source if source.startswith(HUB) else None
 
 

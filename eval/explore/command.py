@@ -24,7 +24,7 @@ from crate_fast.eval.explore.inspection import Explorer, ModelChoice
 from crate_fast.eval.explore.pictures import Pictures
 from crate_fast.eval.explore.server import application
 from crate_fast.options import PORT, main_of
-from crate_fast.pretrained import is_model_folder, packaged_models, record
+from crate_fast.pretrained import FOLDER, is_model_folder, packaged_models, record
 from crate_fast.train import checkpoint
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.runs import checkpoint_steps
@@ -57,7 +57,7 @@ def default_choices(runs: Path = Path("runs")) -> tuple[list[ModelChoice], str]:
         choices = []
         note = f"There is no run below {runs}/. These small models come with the package."
     names, group = packaged_models(), "models of the package"
-    choices += [ModelChoice(f"shipped:{name}", record(name)["description"], group) for name in names]
+    choices += [ModelChoice(f"shipped:{name}", record(str(FOLDER / name))["description"], group) for name in names]
     choices += [ModelChoice(f"shipped:{name}@untrained", f"{name}, untrained", group, True) for name in names]
     return choices, note
 

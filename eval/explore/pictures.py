@@ -6,6 +6,7 @@ the least recently used are dropped first. Pillow decodes a few formats only. No
 
 import hashlib
 import io
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -95,14 +96,15 @@ class Pictures:
         if not folder.is_dir():
             raise UserError(f"--images {folder}: no such folder; pass one with images")
         self._root, tree = folder.resolve(), find_images(folder, follow_links=False)
-        found = [path for path in sorted(folder / name for name in tree.names) if self._inside(path)]
+        paths = sorted(folder / name for name in tree.names)
+        found = [*itertools.islice(filter(self._inside, paths), _MAX_LISTED)]
         if not found:
             note = f"; {tree.note}" if tree.note else ""
             raise UserError(f"--images {folder} holds no images ({', '.join(EXTENSIONS)}{note}); pass another")
-        names = [_printable(str(path.resolve().relative_to(self._root))) for path in found[:_MAX_LISTED]]
-        self._known = {f"f{number}": entry for number, entry in enumerate(zip(names, found, strict=False))}
-        if len(found) > _MAX_LISTED:
-            self.note = f"The first {_MAX_LISTED} of {len(found):,} images in the folder."
+        names = [_printable(str(path.resolve().relative_to(self._root))) for path in found]
+        self._known = {f"f{number}": entry for number, entry in enumerate(zip(names, found, strict=True))}
+        if len(paths) > len(found) == _MAX_LISTED:
+            self.note = f"The first {_MAX_LISTED} of {len(paths):,} images in the folder."
         if tree.note:
             self.note = f"{self.note} {tree.note.capitalize()}.".strip()
 

@@ -180,7 +180,7 @@ const sparsity = {
   ready: (view) => view.summary.patch_sparsity,
   missing: (view) => !view.summary.patch_sparsity && "No ISTA in this model, so its tokens are dense.",
   about: (view) => `layer${view.layer}`,
-  caption: (view) => `Share of non-zero entries in each token after layer ${view.layer}. Lower is sparser.`,
+  caption: (view) => `Share of non-zero entries of each token's code in layer ${view.layer}. Lower is sparser.`,
   draw(view, canvas, colours, width) {
     const [context, box] = prepared(view, canvas, colours, width, 28);
     const values = view.summary.patch_sparsity[view.layer];
@@ -203,7 +203,7 @@ const curves = {
   missing: (view) =>
     !curves.ready(view) && "This model has no ISTA, and no subspaces, because its queries and keys are separate.",
   about: () => "layers",
-  caption: () => "R^c of the subspace tokens in nats; share of non-zeros after ISTA. The dashed line marks the layer shown.",
+  caption: () => "R^c of the subspace tokens in nats; share of non-zeros in the code. The dashed line marks the layer shown.",
   draw(view, canvas, colours, width) {
     const charts = [
       ["R^c, nats", view.summary.coding_rate, colours.series[0]],
