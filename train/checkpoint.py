@@ -328,7 +328,7 @@ class RunFolder:
         return [entry for entry in entries if entry["step"] <= step]
 
     def _check_same_run(self, manifest: dict) -> None:
-        saved = manifest["config"] | manifest["data"]
+        saved = vars(TrainConfig()) | manifest["config"] | manifest["data"]  # an older version has fewer settings
         present = vars(self.config) | self.data_facts
         pairs = [(name, saved.get(name), present.get(name)) for name in sorted(saved.keys() | present.keys())]
         differing = [pair for pair in pairs if pair[0] not in FREE_SETTINGS and pair[1] != pair[2]]
