@@ -274,7 +274,7 @@ class CRATE(nn.Module):
             return MLP(dim, 4 * dim if mlp_dim is None else mlp_dim, mlp_drop_rate, **place)
 
         def layer(index: int) -> Layer:
-            rates = {"dropout": attn_drop_rate, "proj_dropout": proj_drop_rate}
+            rates = {"dropout": attn_drop_rate, "proj_dropout": proj_drop_rate if dropout else mlp_drop_rate}
             sparsify = sparse()  # first, to keep the order of random draws
             attend = attention_class(dim, heads, dim_head, backend=backend, output_bias=output_bias, **rates, **place)
             drop_path = drop_path_rate * index / max(1, depth - 1)

@@ -305,3 +305,6 @@ def test_the_settings_of_training_have_the_same_effect_on_crate_and_vit(model):
         first, *_, last = built.blocks
         found = first.attn.attn_drop.p, first.attn.proj_drop.p, built.pos_drop.p, last.drop_path1.drop_prob
     assert (built.embed_dim, built.num_classes, built.head_drop.p, *found) == (48, 7, 0.1, 0.2, 0.3, 0.4, 0.5)
+    alone = build_model(TrainConfig(model=model, image_size=32, dim=48, depth=3, heads=3, attn_drop_rate=0.2), 7)
+    rates = [module.p for module in alone.modules() if isinstance(module, torch.nn.Dropout) and module.p]
+    assert rates == ([] if isinstance(built, CRATE) else [0.2] * 3)  # CRATE's attention has no such module
