@@ -122,7 +122,7 @@ class Trainer:
         self.score = f"val_{self.objective.scores[0]}"  # selects the best checkpoint
         if config.ema_decay:
             self.score = f"ema_{self.score}"
-            self.ema = ModelEmaV3(self.model, decay=config.ema_decay, foreach=not sharded)
+            self.ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True, foreach=not sharded)
         for whole in self._models() if sharded else ():
             distributed.shard(whole, processes)
         self.optimizer = build_optimizer(self.model, config)
@@ -436,5 +436,6 @@ def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Proc
         rss = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak = torch.cuda.max_memory_allocated() if on_gpu else rss
         rate = trainer.speeds[-1]
-        print(f"dry run: {trainer.step} steps, the last at {rate:,.1f} images/s; a checkpoint was saved and loaded")
+        print(f"dry run: {trainer.step} steps, the last at {rate:,.1f} images/s (its images were loaded before)")
+        print("a checkpoint was saved and loaded")
         print(f"peak memory of this process{' on the GPU' if on_gpu else ''}: {peak / 2**20:,.0f} MiB")
