@@ -190,7 +190,7 @@ IMAGES = LABELS.float().view(8, 1, 1, 1).expand(8, 3, 16, 16)
 def _augmented(step: int = 0, part: int = 0, batch_size: int = 8, **settings) -> tuple[torch.Tensor, torch.Tensor]:
     config = TrainConfig(**({"label_smoothing": 0.0, "batch_size": batch_size} | settings))
     objective = Classification(SimpleNamespace(num_classes=4), config, ALONE)
-    return objective.inputs(IMAGES.clone(), LABELS, step, part)[:2]
+    return objective.inputs(IMAGES.clone(), LABELS, step, part)
 
 
 def test_without_settings_a_batch_is_unchanged():
@@ -205,6 +205,14 @@ def test_mixup_blends_and_cutmix_pastes_and_targets_are_smoothed():
     assert torch.isin(pasted, IMAGES).all()
     assert not torch.equal(pasted, IMAGES)
     assert targets.min().item() == pytest.approx(0.2 / 4)
+
+
+def test_accuracy_of_a_mixture_counts_its_larger_part():
+    config = TrainConfig(mixup=0.8, batch_size=8)
+    objective = Classification(SimpleNamespace(num_classes=4), config, ALONE)
+    for step in range(4):
+        images, targets = objective.inputs(IMAGES.clone(), LABELS, step, 0)
+        assert objective.training(lambda _: targets, images, targets)[1] == 1  # noqa: B023
 
 
 def test_erasing_changes_the_given_share_of_the_images():

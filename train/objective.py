@@ -76,7 +76,7 @@ class Classification(Objective):
             self.mix = Mixup(config.mixup, config.cutmix, **smoothing)
 
     def inputs(self, images, labels, step, part):
-        """Return images, targets (labels, or a smoothed mixture of them, [B, classes]) and labels."""
+        """Return images and targets: labels, or a smoothed mixture of them, [B, classes]."""
         targets = labels
         if self.erase is not None or self.mix is not None:
             part = part * self.processes.world_size + self.processes.rank
@@ -86,10 +86,11 @@ class Classification(Objective):
                     images = self.erase(images)
                 if self.mix is not None:
                     images, targets = self.mix(images, labels)
-        return images, targets, labels
+        return images, targets
 
-    def training(self, runner, images, targets, labels):
+    def training(self, runner, images, targets):
         smoothing = self.config.label_smoothing if targets.dim() == 1 else 0.0  # mixed targets are already smoothed
+        labels = targets if targets.dim() == 1 else targets.argmax(dim=1)  # the larger part of a mixture
         logits = self.forward(runner, images)[0].float()
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         return torch.stack([loss, (logits.detach().argmax(dim=1) == labels).float().mean()])
