@@ -2,7 +2,7 @@
 
 The command accepts the settings of training and needs neither data nor a GPU. Operations are those of products.
 Memory excludes operator workspaces, communication buffers, image batches, fragmentation and the CUDA context (about
-half a GiB). Hours follow from `--images-per-s`, which `--dry-run` and every run print, and exclude evaluations.
+half a GiB). Hours follow from `--images-per-s`, which every run logs, and exclude evaluations.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def _run(argv: list[str] | None) -> None:
     for name, value in make_plan(config, options).items():
         print(f"  {name:<28}{value:,}" if isinstance(value, int) else f"  {name:<28}{value:,.5g}")
     if not options.images_per_s:
-        print("  hours                       unknown: pass --images-per-s, which --dry-run prints")
+        print("  hours                       unknown: pass --images-per-s, which runs log")
 
 
 def main(argv: list[str] | None = None) -> int:
