@@ -4,6 +4,7 @@ A `Source` returns image and label by index. The loader alone decides the order,
 """
 
 import io
+import os
 import sys
 import tarfile
 from abc import ABC, abstractmethod
@@ -12,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
@@ -69,15 +71,19 @@ class FolderSource(Source):
     def __init__(self, root: Path):
         self.root, tree = root, find_images(root)
         self.classes, self.labels = tree.labelled(str(root))
-        self.items, self.n_labels = tree.names, len(self.classes)
+        # one array: of separate strings, reference counts would copy all into every worker, 1 GB for ImageNet-21k
+        self.items, self.n_labels = np.array([os.fsencode(name) for name in tree.names]), len(self.classes)
         for remark in tree.remarks():
             print(f"{root}: {remark}", file=sys.stderr)
 
     def name(self, index: int) -> str:
-        return str(self.root / self.items[index])
+        return str(self._path(index))
 
     def open(self, index: int) -> tuple[BinaryIO, int]:
-        return (self.root / self.items[index]).open("rb"), int(self.labels[index])
+        return self._path(index).open("rb"), int(self.labels[index])
+
+    def _path(self, index: int) -> Path:
+        return self.root / os.fsdecode(bytes(self.items[index]))
 
 
 class HubSource(Source):
