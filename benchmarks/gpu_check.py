@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_report import found_tiles, kept_of, pack, read_rows
+from gpu_report import NO_GPU, found_tiles, kept_of, pack, read_rows, without_whole_heads
 from isolation import Job, Process, run_jobs, tail
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,7 +190,9 @@ class Check:
             late = str(process.reason).startswith("timed out after")  # the stage has ended
             if len(peers) > 1 and not late:  # find the peer that ended it
                 self.row(current, "n/a", f"ended its worker, so its peers are tried one by one: {reason}")
-                left = [item | {"name": f"{current}: {peer}", "peers": [peer]} for peer in peers] + left
+                left += [
+                    item | {"name": f"{current}: {peer}", "peers": [peer]} for peer in reversed(peers)
+                ]  # ours last
             else:
                 ours = peers[0].startswith("ours") and item.get("present", True)  # not a candidate tile
                 self.row(current, "red" if ours and not late else "n/a", reason, **kept_of(item))
@@ -267,6 +269,8 @@ def environment(check: Check) -> None:
             check.row("carried assembler", "n/a", f"Triton's own is used: {found['status']}")
     if items.exists():
         check.items = json.loads(items.read_text())
+    elif NO_GPU in tail(check.logs / "environment.log"):
+        raise TimeUp(NO_GPU)
     red = [row["item"] for row in check.rows() if row["status"] == "red"]
     if "tile table" in red and check.environment.pop("CRATE_FAST_TILES", None):
         check.row("found tiles", "n/a", "their file cannot be used: the table's own tiles run instead")
@@ -365,7 +369,11 @@ def tiles(check: Check) -> None:
     try:
         check.work_through(kept, "time", 1, 10.0)
     finally:
-        found = found_tiles(row for row in check.rows() if row["stage"] in ("warm", "tiles"))
+        rows = check.rows()
+        found = found_tiles(row for row in rows if row["stage"] in ("warm", "tiles"))
+        served = {item["probe"] for item in check.items.get("probes", []) if item.get("whole_heads")}
+        if any(row["status"] == "red" and row["item"] in served for row in rows if row["stage"] == "probes"):
+            found = without_whole_heads(found, check.items.get("tiles", []))
         if found:
             folders = [check.output, *([] if check.rehearse else [check.folder.parent])]
             for folder in folders:

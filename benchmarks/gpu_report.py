@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+NO_GPU = "PyTorch finds no GPU"
 WORTH = 0.98  # a tile must take less than this share of the present tile's time to replace it
 SHOWN = 40  # most red rows in a summary
 MOST_LOG_BYTES = 40_000  # of each log in the archive
@@ -65,6 +66,14 @@ def found_tiles(rows: Iterable[dict]) -> list[dict]:
             tile = None
         found.append(dict(zip(TILE_KEY, key, strict=True)) | {"tile": tile})
     return found
+
+
+def without_whole_heads(found: list[dict], items: Iterable[dict]) -> list[dict]:
+    """Turn all kernels of whole heads off in `found_tiles`: a probe of them is red. Blocks of rows run instead."""
+    keys = dict.fromkeys(tuple(item[name] for name in TILE_KEY) for item in items)
+    off = [key for key in keys if str(key[0]).startswith("whole_head")]
+    kept = [row for row in found if not str(row[TILE_KEY[0]]).startswith("whole_head")]
+    return kept + [dict(zip(TILE_KEY, key, strict=True)) | {"tile": None} for key in off]
 
 
 def _best(rows: Iterable[dict]) -> dict[tuple, tuple[dict, float | None]]:

@@ -19,6 +19,8 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
+from gpu_report import NO_GPU
+
 REHEARSED = bool(os.environ.get("GPU_CHECK_REHEARSE"))
 ROUNDS = 1 if REHEARSED else 3
 MEASUREMENT_MS = 1.0 if REHEARSED else 50.0
@@ -163,7 +165,11 @@ def _probe_items() -> tuple[list[dict]]:
     """List the probes, whose kernels fill the compilers' cache; the stage `probes` runs them later."""
     from crate_fast.probes import PROBES
 
-    return ([{"name": f"probe {name}", "kind": "probe", "probe": name} for name in PROBES],)
+    items = [{"name": f"probe {name}", "kind": "probe", "probe": name} for name in PROBES]
+    for item, probe in zip(items, PROBES.values(), strict=True):
+        half, sizes = probe.precision in ("bfloat16", "float16"), probe.sizes
+        item["whole_heads"] = probe.kernel == "attention" and half and 64 <= sizes[1] <= 256 and 32 < sizes[3] <= 64
+    return (items,)
 
 
 def _model_items() -> tuple[list[dict], list[dict]]:
@@ -400,13 +406,19 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     rows = Rows(options.rows)
     if options.job == "items":
-        if options.mode == "warm":  # a choice of configurations made beside other work is not kept
+        if (
+            options.mode == "warm"
+        ):  # choices made beside other work are not kept, except those of products, in the graph
             from torch._inductor import config
 
             config.autotune_local_cache = False
         items = json.loads(options.items.read_text())
         work_through(items, Worker(options.mode, rows), options.until, options.stall)
     else:
+        import torch
+
+        if not (REHEARSED or torch.cuda.is_available()):
+            raise SystemExit(NO_GPU)
         options.into.write_text(json.dumps(list_items(rows)))
         environment(rows)
     return 0

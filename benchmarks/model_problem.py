@@ -34,6 +34,9 @@ from crate_fast.export import export_model, open_exported
 from crate_fast.model import ALPHA_OPTIONS
 from crate_fast.train.cost import Flops, count_flops
 
+# The gate is in fp32. cuDNN convolves in TF32 by default: the released CRATE-α embeds by a convolution, ours not.
+torch.backends.cudnn.allow_tf32 = False
+
 RELEASED, OURS, VIT = "released", "ours", "ViT (timm)"
 VISIBLE = "ours, visible only"  # MAE's own form, another function: the encoder gets a quarter of the patches
 UNFUSED = "ours, PyTorch"  # `backend="torch"`: replaces the released form if that runs out of memory

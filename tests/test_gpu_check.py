@@ -358,6 +358,26 @@ def test_whole_heads_that_crash_are_turned_off(check):
     assert gpu_report.found_tiles(check.rows()) == [key | {"tile": None}]
 
 
+def test_a_red_probe_of_whole_heads_turns_them_off(check):
+    kernels = "attention_forward", "whole_head_forward"
+    tiles = [_tile(kernel, 64, None, present=True, name=kernel) for kernel in kernels]
+    check.items = {"tiles": tiles, "probes": [{"probe": "p", "whole_heads": True}, {"probe": "q"}]}
+    found = [{name: tile[name] for name in gpu_report.TILE_KEY} | {"tile": {"block_m": 64}} for tile in tiles]
+    for item, expected in (("q", {"block_m": 64}), ("p", None)):
+        check.stage = "probes"
+        check.row(item, "red", "wrong")
+        check.stage = "tiles"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gpu_check, "found_tiles", lambda _: list(found))
+            patch.setattr(Check, "work_through", lambda *_: None)
+            gpu_check.tiles(check)
+        written = json.loads((check.output / gpu_check.TILES).read_text())
+        assert {row["kernel"]: row["tile"] for row in written} == {
+            "attention_forward": {"block_m": 64},
+            "whole_head_forward": expected,
+        }
+
+
 def test_tiles_that_do_not_compile_or_spill_are_not_timed(check, monkeypatch):
     check.stage, timed = "warm", []
     names = ("fits", "spills", "present spills", "fails", "cold")
