@@ -190,9 +190,8 @@ class Check:
             late = str(process.reason).startswith("timed out after")  # the stage has ended
             if len(peers) > 1 and not late:  # find the peer that ended it
                 self.row(current, "n/a", f"ended its worker, so its peers are tried one by one: {reason}")
-                left += [
-                    item | {"name": f"{current}: {peer}", "peers": [peer]} for peer in reversed(peers)
-                ]  # ours last
+                alone = [item | {"name": f"{current}: {peer}", "peers": [peer]} for peer in peers]
+                left += alone[::-1]  # ours, the likely cause, last
             else:
                 ours = peers[0].startswith("ours") and item.get("present", True)  # not a candidate tile
                 self.row(current, "red" if ours and not late else "n/a", reason, **kept_of(item))

@@ -406,9 +406,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     rows = Rows(options.rows)
     if options.job == "items":
-        if (
-            options.mode == "warm"
-        ):  # choices made beside other work are not kept, except those of products, in the graph
+        if options.mode == "warm":  # choices made beside other work are not kept, except a graph's products
             from torch._inductor import config
 
             config.autotune_local_cache = False

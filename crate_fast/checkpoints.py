@@ -149,9 +149,7 @@ def load_weights(
             state_dict = adapt_state_dict(state_dict, model, source_grid)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-    remedy = (
-        "build the model that it was saved from; if only the image size differs, use load_weights(…, resample=True)"
-    )
+    remedy = "build the model that it was saved from; for another image size use load_weights(…, resample=True)"
     return load_strictly(model, state_dict, os.fspath(path), remedy)
 
 

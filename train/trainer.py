@@ -436,6 +436,5 @@ def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Proc
         rss = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak = torch.cuda.max_memory_allocated() if on_gpu else rss
         rate = trainer.speeds[-1]
-        print(f"dry run: {trainer.step} steps, the last at {rate:,.1f} images/s (its images were loaded before)")
-        print("a checkpoint was saved and loaded")
+        print(f"dry run: {trainer.step} steps, the last at {rate:,.1f} images/s without loading; saved and read back")
         print(f"peak memory of this process{' on the GPU' if on_gpu else ''}: {peak / 2**20:,.0f} MiB")
