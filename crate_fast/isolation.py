@@ -38,7 +38,7 @@ class Process:
     """
 
     def __init__(self, job: Job, cwd: Path, logs: Path, environment: dict[str, str], hard: float):
-        self.job, self.reason = job, None
+        self.job, self.reason, self.killed_at = job, None, None
         self.log = logs / f"{job.name.replace('/', '_').replace(' ', '_')}.log"
         self.started = time.monotonic()
         self.deadline = min(self.started + job.limit_s, hard)
@@ -67,11 +67,14 @@ class Process:
             return True
         status = self.popen.poll()
         if status is not None:
-            self._finish(_ending(status))
+            self._finish(self.reason or _ending(status))
+        elif self.killed_at is not None:
+            if time.monotonic() > self.killed_at + LAST_SECONDS:
+                self._finish(f"{self.reason}, and cannot be killed")
         elif time.monotonic() >= self.deadline:
-            self.end(f"timed out after {self.seconds:.0f} s")
+            self.kill(f"timed out after {self.seconds:.0f} s")
         elif self._stalled():
-            self.end(f"timed out: no progress for {self._stall_limit():.0f} s")
+            self.kill(f"timed out: no progress for {self._stall_limit():.0f} s")
         return self.finished
 
     def _stall_limit(self) -> float:
@@ -80,16 +83,11 @@ class Process:
     def _stalled(self) -> bool:
         return self.job.beat is not None and time.time() - self.job.beat.stat().st_mtime > self._stall_limit()
 
-    def end(self, reason: str) -> None:
-        """Kill the process and all processes that it started."""
-        if self.finished:
-            return
-        _kill_all(self.popen.pid)
-        try:
-            self.popen.wait(LAST_SECONDS)
-        except subprocess.TimeoutExpired:
-            reason += ", and cannot be killed"
-        self._finish(reason)
+    def kill(self, reason: str) -> None:
+        """Kill the process and all processes that it started, without waiting: `check` returns True once it ends."""
+        if not self.finished and self.killed_at is None:
+            self.reason, self.killed_at = reason, time.monotonic()
+            _kill_all(self.popen.pid)
 
     def _finish(self, reason: str | None) -> None:
         self.finished, self.reason = True, reason
@@ -109,7 +107,7 @@ def _kill_all(pid: int) -> None:
     descendants = _descendants(pid)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
-    for found in descendants:
+    for found in [pid, *descendants]:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(found, signal.SIGKILL)
 
@@ -151,7 +149,9 @@ def run_jobs(
             time.sleep(POLL_SECONDS)
     finally:
         for process in running:  # after an exception
-            process.end("interrupted")
+            process.kill("interrupted")
+        while not all(process.check() for process in running):
+            time.sleep(POLL_SECONDS)
     return list(queue)
 
 

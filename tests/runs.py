@@ -144,12 +144,6 @@ class ForkedPython:
     def poll(self) -> int | None:
         return self.process.exitcode
 
-    def wait(self, seconds: float) -> None:
-        self.process.kill()  # it may not have been in the killed process group yet
-        self.process.join(seconds)
-        if self.process.exitcode is None:
-            raise subprocess.TimeoutExpired("python", seconds)
-
 
 def _run_python(words: list[str], folder: Path, log: str, environment: dict[str, str]) -> None:
     os.setsid()
@@ -180,7 +174,7 @@ def forked_python(module, fresh: str):
     first = _FORKED.Process(target=int)  # waits for the imports, which then count in no command's time limit
     first.start()
     first.join()
-    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "TimeoutExpired")}
+    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT")}
     with unittest.mock.patch.object(module, "subprocess", SimpleNamespace(Popen=start, **names)):
         yield
 

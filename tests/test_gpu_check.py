@@ -55,7 +55,9 @@ time.sleep(60)
     process = Process(Job("job", [*PYTHON, code], 60.0), tmp_path, tmp_path, {}, math.inf)
     children = tmp_path / "children"
     wait_until(lambda: children.exists() and len(children.read_text().split()) == 2)
-    process.end("ended")
+    process.kill("ended")
+    wait_until(process.check)
+    assert process.reason == "ended"
 
     def gone(pid: str | int) -> bool:
         with suppress(OSError):
@@ -64,6 +66,17 @@ time.sleep(60)
 
     pids = [process.popen.pid, *children.read_text().split()]
     wait_until(lambda: all(map(gone, pids)))
+
+
+def test_a_process_that_cannot_be_killed_is_abandoned(tmp_path, monkeypatch):
+    process = Process(Job("job", [*PYTHON, "import time; time.sleep(60)"], 60.0), tmp_path, tmp_path, {}, math.inf)
+    monkeypatch.setattr(isolation, "_kill_all", lambda pid: None)
+    process.kill("ended")
+    assert not process.check()  # does not wait: others may have to be killed too
+    monkeypatch.setattr(isolation, "LAST_SECONDS", -1.0)
+    assert process.check()
+    assert process.reason == "ended, and cannot be killed"
+    process.popen.wait()
 
 
 STUB = """
@@ -215,7 +228,8 @@ def test_the_results_are_packed_when_the_time_is_up_during_a_stage(check):
     def interrupted(check):
         process = check.start(check.items_job(_items("a", "hang"), "time", 60.0))
         wait_until(lambda: '"begin": "hang"' in process.job.beat.read_text())
-        process.end("by the test")
+        process.kill("by the test")
+        wait_until(process.check)
         process.log.write_bytes(bytes(2**20))
         raise gpu_check.TimeUp
 
