@@ -66,7 +66,10 @@ def cls_attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 def attention_layer(model: nn.Module) -> int:
-    """Return the default layer of attention maps: the last but one with MSSA, else the last (paper, §3)."""
+    """Return the default layer of attention maps: the last but one with MSSA, else the last.
+
+    The paper shows these layers of CRATE and ViT (Fig. 14); of CRATE-MHSA it shows the last but one (Fig. 13).
+    """
     layers = model.transformer.layers
     return max(0, len(layers) - 2) if isinstance(layers[0][0].fn, MSSA) else len(layers) - 1
 

@@ -101,7 +101,7 @@ def _command(options: argparse.Namespace) -> None:
     shown = [(loaded, images, layer) for loaded, images, (_, layer) in zip(models, data, layers, strict=True)]
     for threshold in segmentation.THRESHOLDS:
         evaluation.written += _figure(shown, threshold, options, evaluation.folder)
-    evaluation.finish(results, notes=["* the paper's layer"])
+    evaluation.finish(results, notes=["* the default layer (the paper's for CRATE and ViT)"])
 
 
 main = main_of("eval coarse_segmentation", _command)

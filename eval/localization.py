@@ -8,7 +8,7 @@ Weakly Supervised Object Localization Methods Right*, 2020):
     MaxBoxAccV2    mean of the three. The authors' code takes the best box of all components (multi_contour_eval), so
                    its scores are at least as high
     GT-known       share of images with IoU ≥ 0.5, at the threshold that is best on the other half of the images
-    pointing       share of images whose largest weight lies in a box
+    pointing       share of images where the centre of the patch with the largest weight lies in a box
     AP             average precision of patches ranked by attention; a patch is positive if its centre lies in a box
                    (0 if none does)
     threshold      best threshold for IoU ≥ 0.5
@@ -20,6 +20,7 @@ images, the whole picture, random maps. MODEL@untrained is the untrained twin.
 
 import argparse
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from crate_fast.eval.common.segmentation import average_precision
 from crate_fast.options import main_of
 
 THRESHOLDS = np.arange(100) / 100
-RESOLUTION = 64  # side of the enlarged maps, in pixels
+RESOLUTION = 64  # least side of the enlarged maps, in pixels
 OVERLAPS = (0.3, 0.5, 0.7)
 _CONNECTIVITY = np.zeros((3, 3, 3), bool)  # the eight neighbours of a pixel, at the same threshold
 _CONNECTIVITY[1] = True
@@ -86,8 +87,15 @@ def _boxes_of(sample: Sample) -> np.ndarray:
 
 
 def _enlarge(maps: Tensor) -> np.ndarray:
-    """Enlarge maps [H, rows, columns] to squares, bilinearly."""
-    return F.interpolate(maps[None].double(), (RESOLUTION, RESOLUTION), mode="bilinear")[0].numpy()
+    """Enlarge maps [H, rows, columns] bilinearly by a whole number, so that every patch counts alike."""
+    factor = math.ceil(RESOLUTION / min(maps.shape[1:]))
+    return F.interpolate(maps[None].double(), scale_factor=factor, mode="bilinear")[0].numpy()
+
+
+def _boxes(enlarged: np.ndarray) -> np.ndarray:
+    """Return `largest_boxes` of enlarged maps [K, h, w] as fractions of the sides."""
+    height, width = enlarged.shape[1:]
+    return largest_boxes(enlarged) / [width, height, width, height]
 
 
 def _measure(maps: Tensor, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -95,12 +103,10 @@ def _measure(maps: Tensor, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 
     `maps` are [H, rows, columns]; `truth` holds the image's boxes [M, 4] as fractions of its sides.
     """
-    enlarged = _enlarge(maps)
-    iou = _best_iou(largest_boxes(enlarged) / RESOLUTION, truth).astype(np.float32)
-    strongest = enlarged.reshape(len(enlarged), -1).argmax(axis=1)
-    pointing = covered(truth, RESOLUTION, RESOLUTION).ravel()[strongest]
-    patches = torch.from_numpy(covered(truth, *maps.shape[1:]).ravel())
-    return iou, pointing, average_precision(maps.flatten(1), patches).numpy()
+    iou = _best_iou(_boxes(_enlarge(maps)), truth).astype(np.float32)
+    weights, patches = maps.flatten(1), torch.from_numpy(covered(truth, *maps.shape[1:]).ravel())
+    # of the patches: enlarging lowers a maximum inside the map, and not one in a corner
+    return iou, patches[weights.argmax(dim=1)].numpy(), average_precision(weights, patches).numpy()
 
 
 def _summary(measured: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, dict]:
@@ -246,7 +252,7 @@ def _figure(
             weights = features.cls_attention(layer)[0, head].float().cpu().view(1, *features.grid)
             enlarged = _enlarge(weights)
             cut = round(per_head[head]["threshold"] * len(THRESHOLDS))
-            row += [Picture(enlarged[0]), _draw_boxes(sample, largest_boxes(enlarged)[0, cut] / RESOLUTION)]
+            row += [Picture(enlarged[0]), _draw_boxes(sample, _boxes(enlarged)[0, cut])]
         rows.append(row)
     names = [(f"{loaded.label}, layer {layer}", "box") for loaded, _, layer in shown]
     return write_pages(rows, folder, "boxes", None, ["annotated", *itertools.chain(*names)])
@@ -276,7 +282,7 @@ def _command(options: argparse.Namespace) -> None:
     evaluation.write_table("table", rows)
     evaluation.written += _figure(shown, results, options, evaluation.folder)
     counts = next(iter(results.values()))
-    notes = ["* the paper's layer", f"images with a box: {counts['images']}, without: {counts['without_boxes']}"]
+    notes = ["* the default layer (the paper's for CRATE and ViT)", f"images with a box: {counts['images']}, without: {counts['without_boxes']}"]
     evaluation.finish(results, None, notes)
 
 

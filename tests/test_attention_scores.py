@@ -200,6 +200,30 @@ def test_a_map_of_the_object_scores_1_and_baselines_score_less(photos, monkeypat
     assert scores["baselines"]["mean box"]["MaxBoxAcc 0.5"] == 1  # all boxes are similar
 
 
+@pytest.mark.parametrize(
+    ("strongest", "box"), [((3, 4), (0.5, 0.375, 0.625, 0.5)), ((3, 0), (0.03, 0.3, 0.4, 0.7))]
+)
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_the_pointing_game_takes_the_patch_with_the_largest_weight(strongest, box, mirrored):
+    """Not the largest pixel of the enlarged map, which a weaker patch in a corner may have, or a pixel at its edge."""
+    maps, (left, top, right, bottom) = torch.zeros(1, 8, 8), box
+    maps[0][strongest], maps[0, 0, 7] = 1, 0.9
+    if mirrored:
+        maps, left, right = maps.flip(-1), 1 - right, 1 - left
+    assert localization._measure(maps, np.float64([[left, top, right, bottom]]))[1].all()
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (28, 28), (14, 28), (60, 60), (70, 70)])
+def test_every_patch_gets_a_box_of_the_same_size(grid):
+    corners = [(0, 0), (grid[0] // 2, 3), (5, grid[1] - 2), (6, 5)]
+    maps = torch.zeros(len(corners), *grid)
+    for one, (row, column) in zip(maps, corners, strict=True):
+        one[row, column] = 1
+    boxes = localization._boxes(localization._enlarge(maps))[1:, 50] * [grid[1], grid[0], grid[1], grid[0]]
+    left, top, right, bottom = boxes.T
+    assert len({*(right - left).round(6), *(bottom - top).round(6)}) == 1
+
+
 def test_the_head_and_threshold_are_chosen_on_other_images():
     even = np.zeros((4, 100), np.float32)
     even[::2, 10], even[1::2, 20] = 1, 1  # the best threshold of one half is wrong for the other

@@ -71,7 +71,7 @@ class Features:
 class FeatureExtractor:
     """Extractor of `Features` from a CRATE or one of its ablations; see `extractor_for`.
 
-    `default_layer` is the layer used in the paper (§3): the last but one with MSSA, else the last.
+    `default_layer` is that of `whitebox.attention_layer`.
     """
 
     def __init__(self, model: CRATE):
