@@ -115,7 +115,7 @@ def _command(options: argparse.Namespace) -> None:
             rows.append({"model": loaded.label, "layer": f"{layer}{star}", **numbers})
     evaluation.write_table("table", rows, digits=2)
     curve_figure(curves(results), "layer", evaluation.figure("by_layer"), from_zero=True, columns=3)
-    evaluation.finish(results, notes=["* the default layer (the paper's for CRATE and ViT); all numbers except counts are in %"])
+    evaluation.finish(results, notes=["* the default layer (the paper's for CRATE and ViT); all but counts in %"])
 
 
 main = main_of("eval by_layer", _command)

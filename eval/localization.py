@@ -282,7 +282,10 @@ def _command(options: argparse.Namespace) -> None:
     evaluation.write_table("table", rows)
     evaluation.written += _figure(shown, results, options, evaluation.folder)
     counts = next(iter(results.values()))
-    notes = ["* the default layer (the paper's for CRATE and ViT)", f"images with a box: {counts['images']}, without: {counts['without_boxes']}"]
+    notes = [
+        "* the default layer (the paper's for CRATE and ViT)",
+        f"images with a box: {counts['images']}, without: {counts['without_boxes']}",
+    ]
     evaluation.finish(results, None, notes)
 
 

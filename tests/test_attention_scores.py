@@ -200,12 +200,10 @@ def test_a_map_of_the_object_scores_1_and_baselines_score_less(photos, monkeypat
     assert scores["baselines"]["mean box"]["MaxBoxAcc 0.5"] == 1  # all boxes are similar
 
 
-@pytest.mark.parametrize(
-    ("strongest", "box"), [((3, 4), (0.5, 0.375, 0.625, 0.5)), ((3, 0), (0.03, 0.3, 0.4, 0.7))]
-)
+@pytest.mark.parametrize(("strongest", "box"), [((3, 4), (0.5, 0.375, 0.625, 0.5)), ((3, 0), (0.03, 0.3, 0.4, 0.7))])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_the_pointing_game_takes_the_patch_with_the_largest_weight(strongest, box, mirrored):
-    """Not the largest pixel of the enlarged map, which a weaker patch in a corner may have, or a pixel at its edge."""
+    """Not the largest pixel of the enlarged map, which may be a weaker patch's in a corner, or a plateau's first."""
     maps, (left, top, right, bottom) = torch.zeros(1, 8, 8), box
     maps[0][strongest], maps[0, 0, 7] = 1, 0.9
     if mirrored:

@@ -175,6 +175,11 @@ def test_the_comparison_has_the_papers_numbers_and_the_difference(data, tmp_path
     assert config["models for coarse"][0]["image_size"] == [32, 32]
     assert rows[0]["VOC mIoU gap"] == pytest.approx(rows[0]["VOC mIoU"] - 23.9)
     assert rows[1]["VOC mIoU paper"] is None
+    images = open_images(data, 32, limit=2)
+    reading = coarse_segmentation.evaluate(open_model(UNTRAINED, image_size=32, model_args=SMALL[1:]), images)["mass"]
+    at = next(row for row in reading["layers"] if row["layer"] == config["models for coarse"][0]["layer"])
+    assert rows[0]["VOC mIoU, mass"] == pytest.approx(100 * at["best_head"])
+    assert rows[0]["mean mask, mass"] == pytest.approx(100 * reading["mean_mask"])
     assert rows[0]["box AP"] == rows[1]["box AP"]
     for suffix in ("md", "csv"):
         assert "23.9" in (tmp_path / f"table2.{suffix}").read_text()

@@ -19,7 +19,7 @@ MASKED = [f"masks: {name}" for name in COARSE]  # the same on photographs with m
 # Measures of boxes, at the first and last checkpoint only: name → (key of the choice of the head, score)
 BOXED: dict[str, tuple[str, str]] = {
     f"{name}, {heads}": (heads.replace(" ", "_"), name)
-    for name in ("MaxBoxAccV2", "GT-known", "pointing")
+    for name in ("MaxBoxAccV2", "GT-known")
     for heads in ("best head", "one head")
 }
 MASKCUT = ("box AP50", "box AP", "box AR100", "mask AP50", "mask AP", "mask AR100")
