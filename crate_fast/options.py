@@ -247,7 +247,8 @@ def _classify() -> argparse.ArgumentParser:
     add("--limit", type=positive, help="validation images, evenly spaced; default all")
     add("--train-limit", type=positive, help="training images, evenly spaced; default all")
     add("--k", type=comma_list(positive), help="neighbours; default 10,20,100,200, up to the number of images")
-    add("--pool", choices=("cls", "mean"), default="cls", help="features: CLS (default), or the mean of the patches")
+    pool = "features: CLS, or the mean of the patches; default the model's own"
+    add("--pool", choices=("cls", "mean"), help=pool)
     add("--raw-pixels", action="store_true", help="also score images of 16×16 pixels as a baseline")
     return parser
 

@@ -61,6 +61,7 @@ _AUTOENCODERS = {  # as their encoders
     name.replace(MAE_ENCODER, MAE): sizes[1:4] for name, sizes in _SIZES.items() if name.startswith(MAE_ENCODER)
 }
 _EMERGENCE = {f"crate_{size}_patch8_224" for size in ("tiny", "small", "base")}
+_RELEASED = {f"crate_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
 # Released weights of CRATE-α: name and tag, file
 _ALPHA_FILES = {
     "crate_alpha_base_patch32_224.in21k": "in21k_Pretrain/crate_alpha_B32_in21k.pth",
@@ -78,6 +79,8 @@ def _cfgs() -> dict[str, dict]:
     released = {name.partition(".")[0] for name in _ALPHA_FILES}
     others = [name for name in _SIZES if name not in released]
     cfgs = {name: _cfg(_SIZES[name][0], 21_842 if name in _EMERGENCE else 1000) for name in others}
+    for name in _RELEASED:  # the released code resizes to 256 and crops 224, bilinearly
+        cfgs[name] |= {"crop_pct": 0.875, "interpolation": "bilinear"}
     for name, file in _ALPHA_FILES.items():
         more = {"num_classes": 19_167} if name.endswith(".in21k") else {}
         more |= {"hf_hub_id": _ALPHA_HUB, "hf_hub_filename": f"torch/{file}", "license": "apache-2.0"}

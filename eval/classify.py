@@ -1,7 +1,8 @@
 """Classification: a model's own head, k nearest neighbours, and a linear probe on frozen features.
 
-A run is evaluated on its own data set unless the options name another. Images are not augmented. Features are the
-input of the head: the CLS token after the final LayerNorm.
+A run is evaluated on its own data set unless the options name another. Images are not augmented; for other models
+they are resized and cropped as their pretrained_cfg says. Features are the input of the head: the CLS token after the
+final LayerNorm, or the mean of the patches for models that pool these.
 """
 
 import argparse
@@ -145,10 +146,16 @@ def _outputs(loaded: LoadedModel, data: DataSplits) -> list[int]:
     known, remedy = f"the head of {loaded.label}", "score the features instead, with --protocol knn,linear"
     if len(numbers) != len(classes):
         raise UserError(f"{known} has {len(numbers)} classes and the data set {len(classes)}: {remedy}")
+    in_order = [str(number) for number in numbers]
+    if loaded.classes is None and classes != in_order and set(classes) == set(in_order):
+        raise UserError(
+            f"the classes of the data are numbers in the order {', '.join(classes[:3])}, …, and {known} has no "
+            f"names: write the numbers with leading zeros, so that they are in the order of the outputs, or {remedy}"
+        )
     names = list(loaded.classes or classes)
     if names != classes and set(names) == set(classes):
         return [names.index(name) for name in classes]
-    if names != classes and [str(number) for number in numbers] not in (names, classes):  # numbers: names not known
+    if names != classes and in_order not in (names, classes):  # numbers: names not known
         differing = ", ".join(sorted(set(names) ^ set(classes))[:4])
         raise UserError(f"{known} and the data set have different classes, such as {differing}: {remedy}")
     return numbers
@@ -171,9 +178,8 @@ def check(
         _outputs(loaded, data)
     if pool == "cls" and not loaded.extract.has_cls:
         raise UserError(f"{loaded.label} has no CLS token: pass --pool mean")
-    n_images = min(train_limit or len(data.train), len(data.train))
     if "knn" in protocols:
-        check_neighbours(ks or (), n_images)
+        check_neighbours(ks or (), min(train_limit or len(data.train), len(data.train)))
     if "linear" in protocols:
         require("sklearn")
 
@@ -237,7 +243,7 @@ def evaluate(
 
     Args:
         loaded: The model; its image size must be that of the data.
-        data: Result of `plain_splits`; the training split is read only for "knn" and "linear".
+        data: Result of `plain_splits`; "head" needs no training split.
         protocols: Any of "head", "knn" and "linear".
         ks: Numbers of neighbours; when None, the values of `KS` up to the number of training images.
         limit, train_limit: Maximum numbers of validation and training images, evenly spaced; all when None.
@@ -315,26 +321,30 @@ def _command(options: argparse.Namespace) -> None:
             ("--k", options.k, "knn" in protocols, "knn in --protocol"),
             ("--raw-pixels", options.raw_pixels, probing, "knn or linear in --protocol"),
             ("--train-limit", options.train_limit, probing, "knn or linear in --protocol"),
-            ("--pool mean", options.pool == "mean", probing, "knn or linear in --protocol"),
+            (f"--pool {options.pool}", options.pool, probing, "knn or linear in --protocol"),
             ("--train-samples", options.train_samples, config.dataset == "shape_scenes", "--dataset shape_scenes"),
             ("--val-samples", options.val_samples, config.dataset == "shape_scenes", "--dataset shape_scenes"),
         ):
             if given and not used:
                 raise UserError(f"{option} has no effect without {where}: leave it out, or add that")
-        data = plain_splits(config)
-        limits = {"ks": options.k, "pool": options.pool, "train_limit": options.train_limit}
+        own = getattr(loaded.model, "pretrained_cfg", {}) if loaded.config is None else {}
+        how = {name: own[name] for name in ("crop_pct", "interpolation") if name in own}
+        data = plain_splits(config, train=bool(probing), **how)
+        pools_patches = not loaded.extract.has_cls or getattr(loaded.model, "global_pool", "") in ("avg", "mean")
+        limits = {"ks": options.k, "train_limit": options.train_limit}
+        limits["pool"] = options.pool or ("mean" if pools_patches else "cls")
         check(loaded, data, protocols, **limits)  # check all models before the first one runs
-        plan.append((loaded, config, data, protocols))
+        plan.append((loaded, config, data, protocols, limits, how))
     evaluation = Evaluation("classify", options, models)
-    names = ("pool", "limit", "train_limit", "seed", "batch_size", "workers")
-    settings = {name: getattr(options, name) for name in names} | {"ks": options.k, "problems": evaluation.problems}
+    settings = {name: getattr(options, name) for name in ("limit", "seed", "batch_size", "workers")}
+    settings["problems"] = evaluation.problems
     results, rows, notes, sources = {}, [], [], []
-    for loaded, config, data, protocols in plan:
-        source = {name: getattr(config, name) for name in _DATA_SETTINGS}
+    for loaded, config, data, protocols, limits, how in plan:
+        source = {name: getattr(config, name) for name in _DATA_SETTINGS} | how
         raw = options.raw_pixels and source not in sources  # once per data set
         sources.append(source)
-        found = evaluate(loaded, data, protocols, raw_pixels=raw, **settings)
-        results[loaded.label] = found | {"data": source}
+        found = evaluate(loaded, data, protocols, raw_pixels=raw, **settings, **limits)
+        results[loaded.label] = found | {"data": source, "pool": limits["pool"]}
         of_raw = f"raw pixels {RAW_SIDE}×{RAW_SIDE} ({config.dataset})"
         if (published := _published(loaded.label, config.dataset, found["classes"])) is not None:
             notes.append(f"{loaded.label}: the paper's Table 3 has {published} % after fine-tuning all weights")

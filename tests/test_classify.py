@@ -10,6 +10,7 @@ import timm
 import torch
 from image_data import encoded, write_tree
 from PIL import Image
+from torchvision import transforms
 
 from crate_fast.errors import UserError
 from crate_fast.eval import classify
@@ -18,6 +19,7 @@ from crate_fast.eval.common.images import LabelledImages
 from crate_fast.eval.common.models import open_model
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.loader import plain_splits
+from crate_fast.train.data.transforms import eval_transform
 
 WORDS = "ours=crate_tiny_patch8_224@untrained --model-args depth=2 dim=32 heads=2 img_size=32 num_classes=3"
 WORDS += " --dataset folder --val-split val"
@@ -128,6 +130,34 @@ def test_a_run_is_evaluated_on_its_own_data(tiny_run, tmp_path):
     best = json.loads((tiny_run / "summary.json").read_text())["best_val_accuracy"]
     assert (result["images"], result["classes"]) == (16, 12)
     assert result["head"]["top1"] == pytest.approx(best)
+
+
+def test_classes_that_are_numbers_in_the_order_of_texts_are_an_error(tmp_path):
+    """0, 1, 10, 2, …: of a model without names of its classes, output 2 is not the third folder."""
+    picture = encoded(Image.new("RGB", (32, 32)))
+    write_tree(tmp_path, {f"val/{number}/0.png": picture for number in range(11)})
+    loaded = open_model("crate_tiny_patch8_224@untrained", model_args=["depth=1", "num_classes=11"])
+    data = plain_splits(TrainConfig(dataset="folder", data_dir=str(tmp_path), val_split="val"), train=False)
+    with pytest.raises(UserError, match="numbers in the order 0, 1, 10, .*leading zeros"):
+        classify.check(loaded, data, ["head"])
+
+
+def test_a_heads_accuracy_needs_no_training_split_and_the_models_own_crop(folder, tmp_path):
+    for path in (folder / "train").rglob("*.png"):
+        path.unlink()
+    result = _run(folder, tmp_path / "out", "--protocol head")["results"]["ours"]
+    assert (result["data"]["crop_pct"], result["pool"]) == (1.0, "cls")
+    released, picture = timm.create_model("crate_tiny_patch16_224").pretrained_cfg, Image.effect_noise((400, 300), 90)
+    wanted = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(picture)  # of the released code
+    how = {name: released[name] for name in ("crop_pct", "interpolation")}
+    assert np.array_equal(np.asarray(eval_transform(224, **how)(picture)), np.asarray(wanted))
+
+
+def test_a_model_that_pools_patches_is_probed_on_their_mean(folder, tmp_path):
+    words = WORDS.replace("num_classes=3", "num_classes=3 global_pool=avg")
+    words += f" --data-dir {folder} --output {tmp_path / 'out'} --protocol knn"
+    assert classify.main(words.split()) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"]["ours"]["pool"] == "mean"
 
 
 def test_a_head_is_matched_with_the_data_by_the_names_of_the_classes(tiny_run):

@@ -256,7 +256,7 @@ def test_timm_prepares_images_for_the_folder_as_our_evaluation_does(name, tiny_r
     opened = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(opened))
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
-    expected = torch.tensor(pixels(eval_transform(config)(picture)))
+    expected = torch.tensor(pixels(eval_transform(config.image_size)(picture)))
     torch.testing.assert_close(prepare(picture)[None], Normalize(config.mean)(expected[None]))
 
 

@@ -145,7 +145,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
         ("classify CRATE --dataset shape_scenes --protocol head --raw-pixels", "--raw-pixels has no effect"),
         ("classify CRATE --dataset shape_scenes --protocol head --pool mean", "--pool mean has no effect"),
         ("classify CRATE --dataset shape_scenes --protocol knn --train-samples 30 --k 5,31", "--k 31"),
-        ("classify NO_CLS --dataset shape_scenes --protocol knn", "pass --pool mean"),
+        ("classify NO_CLS --dataset shape_scenes --protocol knn --pool cls", "pass --pool mean"),
     ],
 )
 def test_options_are_checked_before_a_model_is_scored(line, message, data, tmp_path, monkeypatch, refuses):

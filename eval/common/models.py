@@ -239,6 +239,9 @@ def open_model(
         "weights_sha256": digest.hexdigest()[:16],
         "image_size": list(extract.image_size),
         "patch_size": list(extract.patch_size),
+        "normalization": statistics
+        if isinstance(statistics, str)
+        else dict(zip(("mean", "std"), statistics, strict=True)),
         "model_args": arguments if config is None and shared is None else {},  # the others ignore them
         "seed": seed,
     }

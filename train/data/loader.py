@@ -113,7 +113,7 @@ class _SceneSplit(_Split):
 class DataSplits:
     """Training and validation split of a data set; `batch` loads samples by key."""
 
-    train: Dataset
+    train: Dataset | None  # None if not opened
     val: Dataset
     classes: tuple[str, ...]  # names, in the order of the labels
 
@@ -150,15 +150,19 @@ def build_splits(config: TrainConfig) -> DataSplits:
     transform = train_transform(config)  # first, because listing the data may take minutes
     sources = open_source(config, train=True), open_source(config, train=False)
     train = _Split(sources[0], config, transform, config.hflip)
-    return DataSplits(train, _Split(sources[1], config, eval_transform(config)), common_classes(*sources))
+    return DataSplits(train, _Split(sources[1], config, eval_transform(config.image_size)), common_classes(*sources))
 
 
-def plain_splits(config: TrainConfig) -> DataSplits:
-    """Open both splits with the validation transform, for probes of a frozen model."""
-    data = build_splits(dataclasses.replace(config, hflip=0.0))
+def plain_splits(config: TrainConfig, train: bool = True, **how) -> DataSplits:
+    """Open both splits, or without `train` only the validation split, to evaluate a model.
+
+    `how` are arguments of `eval_transform`, with which both are read.
+    """
     if config.dataset == "shape_scenes":
-        return data
-    return dataclasses.replace(data, train=_Split(data.train.images, config, eval_transform(config)))
+        return build_splits(dataclasses.replace(config, hflip=0.0))
+    sources = [open_source(config, train=which) for which in ((True, False) if train else (False,))]
+    splits = [_Split(source, config, eval_transform(config.image_size, **how)) for source in sources]
+    return DataSplits(splits[0] if train else None, splits[-1], common_classes(sources[0], sources[-1]))
 
 
 def _train_keys(

@@ -97,20 +97,20 @@ def train_transform(config: TrainConfig) -> transforms.Compose:
     rotations are symmetric, and the other operations do not depend on left and right.
     """
     size = config.image_size
+    squash = transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC)
     crop = {
-        "none": [transforms.Resize((size, size))],
-        "center": [transforms.Resize(size), transforms.CenterCrop(size)],
-        "pad": [transforms.Resize((size, size)), transforms.RandomCrop(size, padding=size // 8)],
+        "none": [squash],
+        "center": [eval_transform(size)],
+        "pad": [squash, transforms.RandomCrop(size, padding=size // 8)],
         "random": [RandomResizedCropAndInterpolation(size, scale=(config.crop_scale, 1.0), interpolation="bicubic")],
     }
     augment = [policy_transform(config.auto_augment)] if config.auto_augment else []
     return transforms.Compose([*crop[config.crop], *augment])
 
 
-def eval_transform(config: TrainConfig) -> transforms.Compose:
-    """Return the evaluation transform: resize the shorter side to `image_size`, then crop the central square."""
-    size = config.image_size
-    resize = transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC)
+def eval_transform(size: int, crop_pct: float = 1.0, interpolation: str = "bicubic") -> transforms.Compose:
+    """Return the evaluation transform: resize the shorter side to `size` / `crop_pct`, crop the central square."""
+    resize = transforms.Resize(int(size / crop_pct), transforms.InterpolationMode(interpolation))
     return transforms.Compose([resize, transforms.CenterCrop(size)])
 
 
