@@ -15,6 +15,7 @@ from crate_fast.eval.common.models import open_model
 from crate_fast.train import finetune, linear_probe, pretrain, share
 from crate_fast.train.config import TrainConfig, build_config, dump_config
 from crate_fast.train.data.loader import check_batch
+from crate_fast.train.data.shape_scenes import ShapeScenes
 from crate_fast.train.optimizer import build_optimizer
 from crate_fast.train.runs import build_model, load_initial, num_classes_of, run_config
 
@@ -111,6 +112,26 @@ def _demo_file(path, **sizes) -> dict:
     return state
 
 
+def test_a_kept_classifier_must_have_the_classes_of_the_data(source, tmp_path):
+    share.write_model_folder(source, tmp_path)
+    classes = ShapeScenes.classes
+    swapped = (classes[1], classes[0], *classes[2:])
+    for init in (str(source), str(tmp_path)):
+        config = tiny_config(init=init)
+        for known in (classes, tuple(map(str, range(12)))):  # the data may have numbers only
+            load_initial(build_model(config, 12), config, known)
+        with pytest.raises(UserError, match="other classes, or in another order: .*; pass --head new"):
+            load_initial(build_model(config, 12), config, swapped)
+        load_initial(build_model(config, 12), replace(config, head="new"), swapped)
+
+
+def test_a_file_with_other_pixel_statistics_is_remarked(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=12, depth=1, img_size=32)  # mean 0.5 by default
+    config = tiny_config(init=_file(tmp_path, model))
+    assert "pixels normalised as --mean imagenet" in load_initial(model, config)
+    assert load_initial(model, replace(config, mean="half")) == config.init
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_training_can_start_from_the_demo_checkpoint(tmp_path, frozen):
     path = str(tmp_path / "demo.pth")
@@ -168,7 +189,9 @@ def test_models_with_other_positions_than_a_vits_load_unchanged(tmp_path):
         ("hiera_tiny_224", {"embed_dim": 8}),
     ):
         models = [timm.create_model(name, num_classes=12, **sizes) for _ in range(2)]
-        assert load_initial(models[0], tiny_config(init=(path := _file(tmp_path, models[1])))) == path
+        path = _file(tmp_path, models[1])
+        mean = "half" if name == "test_convnext" else "imagenet"
+        assert load_initial(models[0], tiny_config(init=path, mean=mean)) == path
         assert same(dict(models[0].state_dict()), dict(models[1].state_dict()))
 
 

@@ -1,6 +1,7 @@
 """Models of runs: build them from settings, load them from a run's folder, or start from existing weights."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from timm.layers import PatchEmbed
@@ -17,7 +18,7 @@ from crate_fast.checkpoints import (
 )
 from crate_fast.errors import UserError, nearest
 from crate_fast.mae import encoder_state_dict
-from crate_fast.pretrained import is_model_folder
+from crate_fast.pretrained import is_model_folder, record
 from crate_fast.registry import MAE, MAE_ENCODER, create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
 from crate_fast.train.config import DROP_RATES, FORM, SIZES, TrainConfig, load_recipe
@@ -181,11 +182,11 @@ def initial_settings(init: str) -> dict:
         ) from error
 
 
-def load_initial(model: nn.Module, config: TrainConfig) -> str:
+def load_initial(model: nn.Module, config: TrainConfig, classes: Sequence[str] = ()) -> str:
     """Load `config.init` into a model on the CPU; return a text that describes the source and all changes.
 
-    The classifier must fit, unless `head="new"` or `frozen` keeps a random one. Positions of another patch grid are
-    resampled.
+    The classifier must fit, unless `head="new"` or `frozen` keeps a random one; its classes, if known, must be those
+    of the data, `classes`. Positions of another patch grid are resampled.
 
     Raises:
         UserError: The file is damaged, or its weights do not fit; the message names what differs and the remedy.
@@ -195,9 +196,11 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
     if run is None:
         file = Path(config.init, "model.safetensors") if is_model_folder(config.init) else config.init
         weights, source = read_state_dict(file), config.init
+        theirs = record(config.init).get("label_names") if is_model_folder(config.init) else None
     else:
         weights, step = run_weights(*run)
         source, visible_only = f"{run[0]} at step {step}", run_config(run[0]).visible_only
+        theirs = checkpoint.manifest(run[0] / "checkpoints", step)["data"]["classes"]
     notes = []
     if "decoder_pred.weight" in weights and isinstance(model, CRATE):
         weights = encoder_state_dict(weights, visible_only)
@@ -221,8 +224,8 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
         weights = kept | {key: value for key, value in model.state_dict().items() if _in_classifier(key, model)}
     if bad := poisoned(weights):
         raise UserError(f"{where} holds NaN or infinity in {', '.join(bad[:4])}: the file is damaged; use another")
-    theirs, own = ({key: value.shape for key, value in state.items()} for state in (weights, model.state_dict()))
-    differing = [key for key, _ in theirs.items() ^ own.items()]
+    shapes = [{key: value.shape for key, value in state.items()} for state in (weights, model.state_dict())]
+    differing = [key for key, _ in shapes[0].items() ^ shapes[1].items()]
     if differing and not isinstance(model, CRATEMAE) and all(_in_classifier(key, model) for key in differing):
         raise UserError(
             f"{where} does not fit (it has {num_classes_of(weights) or 'no'} classes, and the data have "
@@ -232,7 +235,24 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
         "set model, patch_size, dim, depth, heads (and image_size, if positions are not resampled) as in the file"
     )
     load_strictly(model, weights, where, remedy)
+    if not new_classifier and not isinstance(model, CRATEMAE):
+        _check_classes(theirs, classes, where)
+    own = getattr(model, "pretrained_cfg", None) or {}
+    if run is None and not is_model_folder(config.init) and tuple(own.get("mean", ())) != STATISTICS[config.mean][0]:
+        notes.append(f"pixels normalised as --mean {config.mean}; weights of timm for this model need {own['mean']}")
     return source + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _check_classes(theirs: Sequence[str] | None, classes: Sequence[str], where: str) -> None:
+    """Refuse a classifier whose outputs are other classes than the data's; numbers are unknown names."""
+    both = [list(names) for names in (theirs or (), classes)]
+    named = all(names and names != [str(number) for number in range(len(names))] for names in both)
+    if named and both[0] != both[1]:
+        pair = next(pair for pair in zip(*both, strict=True) if pair[0] != pair[1])
+        raise UserError(
+            f"{where} has a classifier for other classes, or in another order: {pair[0]!r} where the data have "
+            f"{pair[1]!r}; pass --head new to start with a new classifier"
+        )
 
 
 def _check_demo(weights: dict[str, Tensor], model: CRATE, config: TrainConfig, new_classifier: bool) -> None:

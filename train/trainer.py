@@ -59,10 +59,11 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
     with process_group(config.device, config.threads) as processes:
         name = f"runs/{Path(options.recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = Path(options.output or processes.agree(name))
-        if config.download and processes.local_rank != 0:
+        alone = config.download or config.dataset in ("tar", "shards")  # one process writes the data, or their index
+        if alone and processes.local_rank != 0:
             processes.wait()
         data = build_splits(config)
-        if config.download and processes.local_rank == 0:
+        if alone and processes.local_rank == 0:
             processes.wait()
         if options.dry_run:
             dry_run(config, folder, data, processes)
@@ -113,7 +114,7 @@ class Trainer:
         model = self._build()
         self.started_from = "random weights"
         if config.init and checkpoint.newest(folder / "checkpoints") is None:
-            self.started_from = load_initial(model, config)
+            self.started_from = load_initial(model, config, data.classes)
         sharded = processes.world_size > 1 and config.parallel == "fsdp"
         self.model = model.to(self.device)
         self.objective = objective_for(self.model, config, processes)
