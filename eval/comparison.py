@@ -82,9 +82,8 @@ def _command(options: argparse.Namespace) -> None:
     rows = compare(options.table, ours)
     evaluation.write_table(options.table, rows, digits=1)
     note = (
-        "Numbers in %; gap: ours − paper's. The paper uses 5,000 images of COCO val2017 and 1,449 of VOC2012 val. VOC "
-        "mIoU is of masks of 60 % of the patches, mass of masks that hold 60 % of the attention; the paper's is one of "
-        "the two."
+        "Numbers in %; gap: ours − paper's. The paper uses 5,000 images of COCO val2017 and 1,449 of VOC2012 val. "
+        "Masks of VOC mIoU are 60 % of the patches; of mass, 60 % of the attention. The paper's are one of the two."
     )
     evaluation.finish({"rows": rows}, config | {"models": options.models}, [note])
 

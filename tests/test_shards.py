@@ -180,6 +180,7 @@ def test_samples_without_image_or_a_right_label_are_errors(tmp_path):
         ([("b/1.png", grey(1)), ("b/1.txt", b"3")], r"image b/1 has no label: put b/1.cls or b/1.json"),
         ([("1.cls", b"1")], "hold no images"),
         ([("a.png", b""), ("a.cls", b"1")] * 2, r"train-0\.tar: a\.png occurs twice"),
+        ([("1.pgm", b""), ("1.png", b""), ("1.cls", b"1")], r"1 has 2 images, 1\.pgm and 1\.png: .*1\.mask\.png"),
         *(([("1.png", b""), (f"1.{kind}", label)], rf"1.{kind} holds .*integer from 0") for kind, label in wrong),
     ):
         with pytest.raises(UserError, match=message):

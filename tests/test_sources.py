@@ -260,6 +260,13 @@ class TestHuggingFace:
         assert "neither bytes nor a path" in batch.problems[0]
         assert len(next(iter(train_loader(config, data.train))).images) == 5
 
+    def test_other_columns_are_not_decoded(self, hub, tmp_path):
+        row = {"image": {"bytes": _jpeg(0), "path": None}, "label": 0, "mask": {"bytes": b"x", "path": None}}
+        features = hub.Features({"image": hub.Image(), "label": hub.Value("int64"), "mask": hub.Image()})
+        (tmp_path / "data").mkdir()
+        hub.Dataset.from_list([row], features).to_parquet(str(tmp_path / "data" / "train.parquet"))
+        assert open_source(config_of(tmp_path / "data", "hf"), True)[0][1] == 0
+
     def test_image_files_are_opened_by_their_paths(self, hub, tmp_path):
         write_tree(tmp_path, {f"train/{name}/{i}.jpg": _jpeg(i) for i, name in enumerate(("ant", "bee"))})
         source = open_source(config_of(tmp_path, "hf"), True)

@@ -16,6 +16,7 @@ from crate_fast.eval.common.images import Batch, Sample, batches, open_images
 from crate_fast.eval.common.models import LoadedModel, check_labels, check_model_args, open_model
 from crate_fast.options import PARSERS
 from crate_fast.train.checkpoint import write_text
+from crate_fast.train.data.image_files import as_text
 from crate_fast.train.distributed import choose_device
 
 _NOT_NAMED = ("models", "output", "device", "batch_size", "workers")  # options that are no part of a folder's name
@@ -110,7 +111,7 @@ class Evaluation:
             "provenance": provenance(),
         }
         path = self.folder / "results.json"
-        write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(path, as_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)) + "\n")
         print(*notes, sep="\n", end="\n" if notes else "")
         print(f"unreadable images: {len(self.problems)}\nwritten:", path, *self.written, sep="\n  ")
 

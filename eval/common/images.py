@@ -17,6 +17,7 @@ the size in COCO's JSON. If only the stored pixels have the annotated size, the 
 
 import functools
 import importlib.util
+import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -376,6 +377,9 @@ def batches(
     title of a progress bar. No readable image at all is a `UserError` unless `allow_none`, as when resuming.
     """
     problems = [] if problems is None else problems
+    if workers:  # each tensor from a worker keeps a file descriptor open, and callers may keep all samples
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)
     readable = 0
     with tqdm(total=len(images), desc=progress, unit="img", disable=progress is None) as bar:

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.images import SceneImages, free_photographs, squash
-from crate_fast.train.data.image_files import EXTENSIONS, UNREADABLE, find_images, open_image, to_rgb
+from crate_fast.train.data.image_files import EXTENSIONS, FORMATS, UNREADABLE, find_images, open_image, to_rgb
 
 MAX_UPLOAD_BYTES = 20 * 2**20
 _MAX_PIXELS = 50_000_000
 _MAX_SIDE = 2048  # larger pictures are scaled down
 _DECODING = threading.BoundedSemaphore(2)  # one picture may take 350 MiB
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MAX_UPLOADS = 12  # in memory
 _MAX_LISTED = 200  # images of a folder
 _SCENES, _SCENE_SIZE = 12, 256  # number, and side in pixels
@@ -66,7 +65,7 @@ class LRUCache:
 def decode(data: bytes, name: str) -> Image.Image:
     """Decode a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file as `read_image` does, to at most 2,048 pixels per side."""
     try:
-        with _DECODING, open_image(io.BytesIO(data), _FORMATS) as file:
+        with _DECODING, open_image(io.BytesIO(data)) as file:
             width, height = file.size
             if width * height > _MAX_PIXELS:
                 raise ValueError(f"{width * height / 1e6:.0f} megapixels, above the limit of {_MAX_PIXELS / 1e6:.0f}")
@@ -75,7 +74,7 @@ def decode(data: bytes, name: str) -> Image.Image:
             picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
             return picture
     except Image.UnidentifiedImageError as error:
-        known = ", ".join(_FORMATS)
+        known = ", ".join(FORMATS)
         raise UserError(f"{name} is no image of a supported format: choose one of {known}") from error
     except UNREADABLE as error:
         raise UserError(f"{name} cannot be read ({error}): choose another") from error

@@ -22,6 +22,7 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # with Pillow's others, an EPS would run Ghostscript
 _UNSUPPORTED = (  # image formats that some or all releases of Pillow cannot read
     *(".avif", ".heic", ".heif", ".j2k", ".jp2", ".jpx", ".jxl", ".svg", ".psd", ".tga", ".ico", ".pcx", ".dds"),
     *(".dib", ".qoi", ".exr", ".hdr", ".pfm", ".dcm", ".dng", ".raw", ".arw", ".cr2", ".cr3", ".nef", ".orf", ".rw2"),
@@ -156,13 +157,13 @@ def _leads_back(folder: str, name: str) -> bool:
 
 
 @contextmanager
-def open_image(file: BinaryIO | str | Path, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
+def open_image(file: BinaryIO | str | Path) -> Iterator[Image.Image]:
     """Open an image file without decoding it; damage found while it is open raises one of `UNREADABLE`."""
     try:
-        with Image.open(file, formats=formats) as image:
+        with Image.open(file, formats=FORMATS) as image:
             yield image
     except UnidentifiedImageError:  # its message contains a memory address
-        raise UnidentifiedImageError("not an image format that Pillow supports") from None
+        raise UnidentifiedImageError(f"none of the formats {', '.join(FORMATS)}") from None
     except UNREADABLE:
         raise
     except Exception as error:  # Pillow raises many kinds of exceptions on damaged files

@@ -251,15 +251,20 @@ class ShardSource(ArchiveSource):
             members, dangling = _members(path)
             links += dangling
             for key, parts in _samples(path, members):
-                image = next((place for suffix, place in parts.items() if f".{suffix}" in EXTENSIONS), None)
-                if image is None:
+                images = [suffix for suffix in parts if f".{suffix}" in EXTENSIONS]
+                if len(images) > 1:
+                    raise UserError(
+                        f"{path}: {key} has {len(images)} images, {key}.{f' and {key}.'.join(images)}: give all but "
+                        f"one a second suffix, such as {key}.mask.{images[-1]}"
+                    )
+                if not images:
                     ignored += [(f"{path}: {key}", end) for end in parts if looks_like_image(f"_.{end}")]
                     continue
                 suffix = next((suffix for suffix in ("cls", "json") if suffix in parts), None)
                 if suffix is None:
                     raise UserError(f"{path}: the image {key} has no label: put {key}.cls or {key}.json next to it")
                 label = _label(f"{path}: {key}", suffix, self._read(number, *parts[suffix]))
-                rows.append((number, *image, label))
+                rows.append((number, *parts[images[0]], label))
         remarks = _about_links(links)
         if ignored:
             where, suffix = ignored[0]

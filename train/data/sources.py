@@ -106,6 +106,7 @@ class HubSource(Source):
             images = datasets.load_dataset(data_dir, split=split)
             if not {"image", "label"} <= set(images.column_names):
                 raise ValueError(f"it has the columns {sorted(images.column_names)}: rename two to image and label")
+            images = images.select_columns(["image", "label"])  # others, such as masks, would be decoded too
             self.items = images.cast_column("image", datasets.Image(decode=False))
             labels = images.unique("label")
         except (OSError, ValueError, TypeError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
