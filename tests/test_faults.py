@@ -1,5 +1,6 @@
 """Real faults: killed processes, signals under torchrun, full disks, losses that are not finite, other settings."""
 
+import errno
 import json
 import math
 import os
@@ -8,7 +9,9 @@ import shutil
 import signal
 import subprocess
 from functools import partial
+from pathlib import Path
 from threading import Timer
+from unittest.mock import Mock
 
 import pytest
 import soak
@@ -145,6 +148,26 @@ def test_only_one_run_at_a_time_writes_a_folder(tmp_path, refuses):
     Timer(0.5, first.send_signal, [signal.SIGKILL]).start()  # a lost host: a restart waits for its lock
     with locked(folder, patience=60):
         pass
+    first.communicate()
+
+
+def test_a_folder_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
+    with pytest.warns(UserWarning, match="cannot be locked .*make sure that only one run"), locked(tmp_path / "run"):
+        assert (tmp_path / "run" / ".owner").is_file()
+
+
+def test_a_killed_process_takes_its_data_workers_along(tmp_path):
+    """Even one that waits: it would keep the GPU memory of its parent, and make a restart fail."""
+    folder = tmp_path / "run"
+    first = start("--output", str(folder), "--epochs", "40", "--workers", "1")
+    wait_until(lambda: (folder / "metrics.jsonl").exists() and losses(folder), first)
+    pid = first.processes[0].pid
+    workers = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    os.kill(workers[-1], signal.SIGSTOP)
+    first.send_signal(signal.SIGKILL)
+    states = [Path(f"/proc/{worker}/stat") for worker in workers]
+    wait_until(lambda: not any(path.exists() and path.read_text().split(") ")[1][0] in "RSDT" for path in states))
     first.communicate()
 
 

@@ -3,12 +3,17 @@
 import functools
 import json
 import math
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
+from image_data import write_tree
 from runs import TINY, back_to, entries, losses, run, same, weights
 
 from crate_fast.train import distributed, pretrain
+from crate_fast.train.data.loader import files_checksum
+from crate_fast.train.data.sources import FolderSource
 from crate_fast.train.distributed import process_group
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -87,6 +92,43 @@ Trainer.prepare_images = poisoned
     assert json.loads((tmp_path / "summary.json").read_text())["skipped_steps"] == 1
     assert 3 not in losses(tmp_path)
     assert all(math.isfinite(loss) for loss in losses(tmp_path).values())
+
+
+def test_processes_with_different_data_are_an_error(tmp_path):
+    """With 95 images instead of 96, one would take fewer steps per epoch, and the other would wait for it."""
+    code = """
+import os
+from dataclasses import replace
+from crate_fast.train import trainer
+build = trainer.build_splits
+fewer = 95 if os.environ["RANK"] == "1" else 96
+trainer.build_splits = lambda config: build(replace(config, train_samples=fewer))
+"""
+    text = run(*WORDS, "--output", str(tmp_path / "run"), before=code, processes=2, status=2)
+    assert text.count("error: process 1 has train_images=95 and process 0 96: give all processes the same data") == 2
+
+
+def test_files_with_other_names_or_labels_have_another_checksum(tmp_path):
+    found = set()
+    for names in (("a/1.png", "b/2.png"), ("a/1.png", "b/3.png"), ("a/1.png", "a/2.png", "b/3.png")):
+        folder = write_tree(tmp_path / str(len(found)), dict.fromkeys(names, b""))
+        found.add(files_checksum(SimpleNamespace(images=FolderSource(folder))))
+    assert len(found) == 3
+    assert files_checksum(SimpleNamespace(images=[])) is None
+
+
+def test_only_the_control_group_waits_longer_than_half_an_hour(monkeypatch):
+    """A rank that is lost must not keep the others in NCCL for hours."""
+    groups = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "choose_device", lambda *_: torch.device("cuda", 0))
+    for name in ("init_process_group", "new_group"):
+        start = lambda *backend, **how: groups.append((*backend, how.get("backend"), how["timeout"])) or "control"  # noqa: E731
+        monkeypatch.setattr(distributed.dist, name, start)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    with process_group("cuda") as processes:
+        assert processes.control == "control"
+    assert groups == [("nccl", None, timedelta(minutes=30)), ("gloo", timedelta(hours=2))]
 
 
 def test_after_an_error_a_process_does_not_wait_for_the_others(monkeypatch):

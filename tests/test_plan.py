@@ -186,7 +186,7 @@ def test_images_of_an_existing_folder_are_counted(tmp_path, planned):
         ("--optimizer lyon", "lyon"),
         ("--model vit_tiny_patch16_224 --image-size 50", r"image size \(50, 50\) is not a multiple of the patch"),
         ("--model twins_svt_small --grad-checkpointing", "model='twins_svt_small' has none; leave it out"),
-        ("--optimizer kron --depth 1", "optimizer='kron' cannot be planned"),
+        ("--optimizer novograd --depth 1", "optimizer='novograd' cannot be planned"),
         ("--dataset folder --data-dir EMPTY", "it holds no images"),
         ("--recipe finetune_in1k --init runs/typo@3", "--init runs/typo@3 does not exist"),
     ],

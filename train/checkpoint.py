@@ -9,19 +9,20 @@ manifest. States are saved unsharded, because loading PyTorch's sharded format u
 entries of metrics.jsonl up to its step. Only rank 0 writes.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import pickle
 import shutil
 import socket
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import filelock
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -244,28 +245,30 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     Raises:
         CheckpointError: Another process holds the lock; the message names it.
     """
-    lock, owner = filelock.FileLock(folder / ".lock"), folder / ".owner"
+    owner, deadline = folder / ".owner", time.monotonic() + patience
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()
-    try:
-        lock.acquire(timeout=patience)
-    except filelock.Timeout as error:
-        name = owner.read_text() if owner.is_file() else "unknown"
-        raise CheckpointError(
-            f"{folder} is being written by another run ({name}): stop it first, or pass another --output. "
-            "If torchrun itself was killed, its processes may still be running"
-        ) from error
-    except (OSError, NotImplementedError) as error:  # some clusters mount file systems without locks
-        warnings.warn(
-            f"{folder / '.lock'} cannot be locked ({error}): make sure that only one run writes there", stacklevel=3
-        )
-    try:
+        lock = (folder / ".lock").open("a")
+    with lock:  # closing it ends the lock
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    name = owner.read_text() if owner.is_file() else "unknown"
+                    raise CheckpointError(
+                        f"{folder} is being written by another run ({name}): stop it first, or pass another "
+                        "--output. If torchrun itself was killed, its processes may still be running"
+                    ) from error
+                time.sleep(0.1)
+            except OSError as error:  # some clusters mount file systems without locks
+                only = "make sure that only one run writes there"
+                warnings.warn(f"{folder / '.lock'} cannot be locked ({error}): {only}", stacklevel=3)
+                break
         with writing(folder):
             write_text(owner, f"process {os.getpid()} on {socket.gethostname()}")
         yield
-    finally:
-        lock.release()
 
 
 class RunFolder:

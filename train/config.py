@@ -196,8 +196,8 @@ class TrainConfig:
     """Quantity that clip_grad limits: norm (of the whole gradient) or value (of each entry)."""
 
     ema_decay: Rate = 0.0
-    """Decay of the exponential moving average (EMA) of the weights, smaller in the first steps; 0 turns it off. The
-    EMA weights are evaluated too, and are loaded when the run is opened."""
+    """Decay of the exponential moving average (EMA) of the weights, at step n at most 1 − n^(−2/3); 0 turns it off.
+    The EMA weights are evaluated too, and are loaded when the run is opened."""
 
     # --- engine
     seed: Natural = 0

@@ -77,7 +77,7 @@ def optimizer_bytes(model: nn.Module, config: TrainConfig) -> int:
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     try:
         optimizer.step()
-    except RuntimeError as error:  # adamp, sgdp, kron and novograd read values
+    except RuntimeError as error:  # adamp, sgdp and novograd read values
         raise UserError(f"optimizer={config.optimizer!r} cannot be planned: plan with adamw instead") from error
     model.zero_grad(set_to_none=True)
     states = [value for state in optimizer.state.values() for value in state.values()]

@@ -31,6 +31,7 @@ class Processes:
     local_rank: int
     world_size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None  # for `gather` and `wait`; the default group when None
 
     @property
     def first(self) -> bool:
@@ -52,13 +53,25 @@ class Processes:
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def check_equal(self, values: dict[str, object]) -> None:
+        """Raise a `UserError` on every process if the picklable `values` are not the same on all."""
+        first, *others = self.gather(values)
+        for rank, theirs in enumerate(others, start=1):
+            for name in first:
+                if first[name] != theirs[name]:
+                    here, there = (f"{value!r:.100}" for value in (first[name], theirs[name]))
+                    raise UserError(
+                        f"process {rank} has {name}={there} and process 0 {here}: give all processes the same data "
+                        "and options"
+                    )
 
     def wait(self) -> None:
         """Wait for all processes (a barrier)."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
 
 
 # --- the process group
@@ -113,13 +126,14 @@ def process_group(device: str, threads: int = 0):
         raise UserError(f"device={device!r} would be shared by {local_size} processes: pass --device cuda")
     if threads or local_size > 1:
         torch.set_num_threads(threads or usable_cores(local_size))
+    control = None
     if world_size > 1:
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            timeout=timedelta(hours=2),  # one process downloads data and writes the report while the others wait
-            **_fresh_store(rank, world_size),
-        )
-    yield Processes(rank, local_rank, world_size, chosen)
+        # one process downloads data and writes the report while the others wait in the control group
+        backend, long = "nccl" if chosen.type == "cuda" else "gloo", timedelta(hours=2)
+        timeout = timedelta(minutes=30) if backend == "nccl" else long
+        dist.init_process_group(backend, timeout=timeout, **_fresh_store(rank, world_size))
+        control = dist.new_group(backend="gloo", timeout=long) if backend == "nccl" else None
+    yield Processes(rank, local_rank, world_size, chosen, control)
     if world_size > 1:  # not after an error: NCCL would wait for processes that wait for this one
         dist.destroy_process_group()
 
@@ -182,9 +196,10 @@ def parallelize(model: nn.Module, config: TrainConfig, processes: Processes) -> 
 
 
 def gradient_sync(runner: nn.Module, sync: bool) -> AbstractContextManager:
-    """Return a context for a backward pass; gradients are reduced over all processes only if `sync`."""
-    if isinstance(runner, FSDPModule):
-        runner.set_requires_gradient_sync(sync)
+    """Return a context for a backward pass; DDP reduces gradients over all processes only if `sync`.
+
+    FSDP reduces them in every pass, because it would keep whole gradients until then.
+    """
     return runner.no_sync() if isinstance(runner, DistributedDataParallel) and not sync else nullcontext()
 
 
@@ -200,4 +215,4 @@ def unsharded(model: nn.Module, build: Callable[[], nn.Module], processes: Proce
         return None
     whole = build().to(processes.device)
     whole.load_state_dict(weights, strict=True)
-    return whole
+    return whole.eval()

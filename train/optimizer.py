@@ -16,11 +16,11 @@ _MOMENTUM = 0.9  # of LARS, as in MAE's linear probe
 _REFUSED = {
     "adahessian": "needs second derivatives, which the layers do not support",
     **dict.fromkeys(
-        ("madgrad", "madgradw", "adafactorbv", "adafactorbvc", "cadafactorbv", "cadafactorbvc"),
+        ("madgrad", "madgradw", "adafactorbv", "adafactorbvc", "cadafactorbv", "cadafactorbvc", "kron", "kronw"),
         "keeps state that a checkpoint cannot store, so a run could not be resumed",
     ),
 }
-_NEEDS_WHOLE_WEIGHTS = re.compile("c.+|adafactor|adamp|kron.*|mars|n?adamuon|novograd.*|sgdp")  # fail or hang in FSDP
+_NEEDS_WHOLE_WEIGHTS = re.compile("c.+|adafactor|adamp|mars|n?adamuon|novograd.*|sgdp")  # fail or hang in FSDP
 _orthogonalize = timm.optim.muon.zeropower_via_newtonschulz
 
 

@@ -36,7 +36,15 @@ from crate_fast.functional import cached_dictionaries
 from crate_fast.train import checkpoint, distributed
 from crate_fast.train.checkpoint import RunFolder
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data.loader import Batch, DataSplits, build_splits, check_batch, eval_loader, train_loader
+from crate_fast.train.data.loader import (
+    Batch,
+    DataSplits,
+    build_splits,
+    check_batch,
+    eval_loader,
+    files_checksum,
+    train_loader,
+)
 from crate_fast.train.data.transforms import Normalize, mixed_seed
 from crate_fast.train.distributed import Processes, process_group
 from crate_fast.train.faults import Interruption, NonFinite, UnreadableTally, diagnosis
@@ -105,6 +113,10 @@ class Trainer:
         self, config: TrainConfig, folder: Path, data: DataSplits, processes: Processes, interruption: Interruption
     ):
         check_batch(config, len(data.train), processes.world_size)
+        facts = {"train_images": len(data.train), "val_images": len(data.val), "classes": list(data.classes)}
+        own = ("data_dir", "download", "device", "workers", "threads")  # may differ between hosts
+        settings = {name: value for name, value in vars(config).items() if name not in own}
+        processes.check_equal(settings | facts | {"checksum of the files": files_checksum(data.train)})
         self.config, self.data, self.processes, self.interruption = config, data, processes, interruption
         self.device = processes.device
         self.step, self.steps_per_epoch = 0, len(data.train) // config.batch_size
@@ -130,7 +142,6 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.objective.dtype is torch.float16)
         self.runner = distributed.parallelize(self.model, config, processes)
 
-        facts = {"train_images": len(data.train), "val_images": len(data.val), "classes": list(data.classes)}
         self.run = RunFolder(folder, config, facts, processes)
         self.shares = {"rank": processes.rank, "world_size": processes.world_size}
         self.val_loader = eval_loader(config, data.val, **self.shares)
@@ -437,5 +448,6 @@ def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Proc
         rss = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak = torch.cuda.max_memory_allocated() if on_gpu else rss
         rate = trainer.speeds[-1]
-        print(f"dry run: {trainer.step} steps, the last at {rate:,.1f} images/s without loading; saved and read back")
+        loading = " without loading" * (trainer.config.workers != 0 and on_gpu)
+        print(f"dry run: {trainer.step} steps, the last at {rate:,.1f} images/s{loading}; saved and read back")
         print(f"peak memory of this process{' on the GPU' if on_gpu else ''}: {peak / 2**20:,.0f} MiB")

@@ -4,10 +4,13 @@ The key of a training sample is (epoch, index, copy). Key and seed determine its
 one with more processes, sees the same pixels. Images stay uint8 until the device normalises them.
 """
 
+import ctypes
 import dataclasses
 import os
 import random
 import signal
+import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +41,7 @@ from crate_fast.train.data.transforms import drawing_from, eval_transform, pixel
 
 Key = tuple[int, int] | tuple[int, int, int]
 Transform = Callable[[Image.Image], Image.Image]
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _ATTEMPTS = 30  # to find a readable image for a sample
 
 
@@ -47,7 +51,7 @@ class Batch(NamedTuple):
     images: Tensor  # uint8 [B, 3, S, S]. In evaluation B is 0 if the whole batch is corrupt.
     labels: Tensor  # int64 [B]
     problems: Sequence[str] = ()  # "path: error: reason" of each corrupt image found while loading this batch
-    keys: Sequence[Key] = ()  # (epoch, index) or (epoch, index, copy) of each sample
+    keys: Sequence[Key] = ()  # in evaluation, (epoch, index) of each sample
 
 
 class _Split(Dataset):
@@ -97,7 +101,7 @@ class _Split(Dataset):
                         "Check that the disk is still available"
                     )
         labels = torch.tensor(labels, dtype=torch.int64)
-        return Batch(torch.from_numpy(images[: len(loaded)]), labels, problems, loaded)
+        return Batch(torch.from_numpy(images[: len(loaded)]), labels, problems, _of_evaluation(loaded))
 
 
 class _SceneSplit(_Split):
@@ -106,7 +110,12 @@ class _SceneSplit(_Split):
     def batch(self, keys: Sequence[Key]) -> Batch:
         images, labels = zip(*self.images.__getitems__([key[1] for key in keys]), strict=True)
         images = [image.flip(-1) if self.flipped(key) else image for image, key in zip(images, keys, strict=True)]
-        return Batch(torch.stack(images), torch.tensor(labels), [], keys)
+        return Batch(torch.stack(images), torch.tensor(labels), [], _of_evaluation(keys))
+
+
+def _of_evaluation(keys: Sequence[Key]) -> Sequence[Key]:
+    """Return the keys of evaluation; those of training, which nothing reads, would fill a worker's pipe."""
+    return () if keys and len(keys[0]) == 3 else keys
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,14 @@ class DataSplits:
     train: Dataset | None  # None if not opened
     val: Dataset
     classes: tuple[str, ...]  # names, in the order of the labels
+
+
+def files_checksum(split: Dataset) -> int | None:
+    """Return a checksum of a folder's file names, or of the labels in archives, in order; None for other data."""
+    items = getattr(getattr(split, "images", None), "items", None)
+    if not isinstance(items, np.ndarray):
+        return None
+    return zlib.crc32((items if items.ndim == 1 else items[:, 3]).tobytes())
 
 
 def open_source(config: TrainConfig, train: bool) -> Source:
@@ -240,6 +257,7 @@ def _loader(config: TrainConfig, data: Dataset, batches, size: int, persistent: 
         worker_init_fn=_init_worker,
         collate_fn=_unchanged,
         persistent_workers=persistent and workers > 0,
+        multiprocessing_context="fork" if workers else None,  # else each worker gets a copy of the file list
         prefetch_factor=max(1, min(4, 8192 // (workers * size))) if workers else None,  # 1.2 GB at 224 px
     )
 
@@ -250,6 +268,8 @@ def _unchanged(batch: Batch) -> Batch:
 
 def _init_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    if sys.platform == "linux":  # ends with a killed parent, instead of waiting for it forever with its GPU memory
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # torchrun and Ctrl-C signal the whole process group, but the loop needs its workers until it has saved
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
