@@ -3,11 +3,13 @@
 An untested compiler, older or for another GPU, can miscompile a correct kernel. So `checked` first runs a kernel's
 function on random tensors, whenever a device or the arguments need another compiled kernel: other dtypes, widths,
 strides, alignment, options, or divisibility by 16 (Triton specialises on it). The results must meet the rule of
-`crate_fast.accuracy` with the eps of the products. A check takes milliseconds and waits for the device once.
+`crate_fast.accuracy` with the eps of the products. Attention is also checked on tokens of very different norms, for
+which the kernels take other branches. A check takes milliseconds and waits for the device.
 `CRATE_FAST_SELF_CHECK` turns it off on a GPU (0), or on in Triton's interpreter (1).
 """
 
 import math
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +26,10 @@ from crate_fast.settings import SELF_CHECK, self_check_wanted
 LONGEST = 320  # tokens of one image: three blocks of rows
 FP32_EPS = 2.0**-10  # of TF32, in which the kernels multiply fp32
 ELEMENTS = 5 * 2**20  # of [M, C]: 160 tiles of 128×256, so that some persistent programs have a second tile
+
+_OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED")  # of CUDA, Triton and cuBLAS, outside PyTorch's allocator
+# arguments whose number of rows is a constant of the kernel
+_WEIGHTS = {"product.product": 1, "folding.scale": 0, "folding.unscale": 2}
 
 _right: set[tuple] = set()  # variants that passed their check
 _seen: set[tuple] = set()  # exact arguments of such variants, which are found faster
@@ -87,14 +93,19 @@ class _Draw:
         return given._replace(mean=mean.float(), rstd=rstd.float(), **channels)
 
 
-def _draw_attention_forward(draw, w, scale):
-    _, n_tokens, heads, dim = w.shape
+def _draw_attention_forward(draw, w, scale, spread=None):
+    n_images, n_tokens, heads, dim = w.shape
     n_tokens = alike(n_tokens, LONGEST)
-    return draw.like(w, token_scale(n_tokens, dim), shape=(1, n_tokens, heads, dim)), dim**-0.5
+    tokens = draw.like(w, token_scale(n_tokens, dim), shape=(min(n_images, 2), n_tokens, heads, dim))
+    if spread is not None:  # the largest factor over the smallest, in random order
+        factors = torch.logspace(-0.5, 0.5, n_tokens, spread, device=w.device)
+        order = torch.randperm(n_tokens, generator=draw.generator, device=w.device)
+        tokens.copy_((tokens * factors[order, None, None]).half())
+    return tokens, dim**-0.5
 
 
-def _draw_attention_backward(draw, grad, w, out, lse, scale):
-    tokens, scale = _draw_attention_forward(draw, w, scale)
+def _draw_attention_backward(draw, grad, w, out, lse, scale, spread=None):
+    tokens, scale = _draw_attention_forward(draw, w, scale, spread)
     small_out, small_lse = _attention_forward(tokens.double(), scale)
     small_out = small_out.to(out.dtype).contiguous()
     return draw.like(grad, shape=tokens.shape), tokens, small_out, small_lse.float(), scale
@@ -310,7 +321,9 @@ def _exact(argument: Any):
 def _check(function: Callable, arguments: tuple, options: dict, device: torch.device) -> bool:
     """Check the variant if it is new; return True if it is right, False if it could not be checked now."""
     name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-    key = name, device, *map(_kind, arguments), *((word, _kind(value)) for word, value in options.items())
+    height = len(arguments[_WEIGHTS[name]]) if name in _WEIGHTS else None
+    kinds = *map(_kind, arguments), *((word, _kind(value)) for word, value in options.items())
+    key = name, device, height, *kinds
     if key not in _right and not _capturing(device):
         with _lock:
             if key not in _right and _is_right(name, function, arguments, options, device):
@@ -327,8 +340,8 @@ def _kind(argument: Any):
     count = argument.numel()
     if count == 0 or argument.dim() == 0:
         return argument.dtype
-    shape = argument.shape
-    sizes = _divisibility(shape[0]), _divisibility(count // shape[-1]), shape[1:]
+    shape, large = argument.shape, count >= ELEMENTS  # a program of a large launch may do several tiles
+    sizes = _divisibility(shape[0]), _divisibility(count // shape[-1]), shape[1:], large
     return argument.dtype, sizes, argument.stride(), argument.data_ptr() % 16
 
 
@@ -347,24 +360,26 @@ def _is_right(name: str, function: Callable, arguments: tuple, options: dict, de
     """Return True after a passed check, False if memory is too short for it: the launch itself may need less."""
     try:
         with without_autocast(device.type), torch.no_grad():
-            small, options = _small(name, device, arguments, options)
-            try:
-                shares = _shares(name, function, small, options)
-            except (torch.OutOfMemoryError, UserError):
-                raise
-            except Exception as error:
-                cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                raise UserError(_complaint(name, device, f"does not run: {cause}")) from error
-    except torch.OutOfMemoryError:
-        return False
-    worst = max(shares, key=shares.get)
-    if shares[worst] > 1.0:
-        off = f"is wrong: the error of {worst} is {shares[worst]:.3g} times the allowed error"
-        raise UserError(_complaint(name, device, off))
+            wide = 1e4 if arguments[0].dtype == torch.bfloat16 else 100.0  # within half precision's range
+            for more in ({}, {"spread": wide}) if name.startswith("attention") else ({},):
+                small, small_options = _small(name, device, arguments, options | more)
+                shares = _shares(name, function, small, small_options)
+                worst = max(shares, key=shares.get)
+                if not shares[worst] <= 1.0:
+                    off = f"is wrong: the error of {worst} is {shares[worst]:.3g} times the allowed error"
+                    raise UserError(_complaint(name, device, off))
+    except UserError:
+        raise
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(cause):
+            return False
+        raise UserError(_complaint(name, device, f"does not run: {cause}")) from error
     return True
 
 
 def _small(name: str, device: torch.device, arguments: tuple, options: dict) -> tuple[tuple, dict]:
+    """Return the small arguments and options; `options` may hold "spread" for attention."""
     small = _CHECKS[name][0](_Draw(device), *arguments, **options)
     return (small[:-1], small[-1]) if isinstance(small[-1], dict) else (small, {})
 
@@ -395,6 +410,6 @@ def _complaint(name: str, device: torch.device, what: str) -> str:
 
     return (
         f"the kernel crate_fast::{name} {what} ({compiler_versions(device)}): install a newer Triton, point "
-        f"TRITON_PTXAS_PATH to a newer ptxas, or use backend='torch' (in training --precision fp32); {SELF_CHECK}=0 "
-        "runs it unchecked"
+        "TRITON_PTXAS_PATH and TRITON_PTXAS_BLACKWELL_PATH to a newer ptxas, or use backend='torch' (in training "
+        f"--precision fp32); {SELF_CHECK}=0 runs it unchecked"
     )

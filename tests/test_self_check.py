@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from oracle import mutant
+from test_kernels import ROW_MUTANTS, WHOLE_MUTANTS
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from crate_fast import odl, self_check, triton_ops
+from crate_fast import kernels, odl, self_check, triton_ops
 from crate_fast.errors import UserError
+from crate_fast.kernels import attention, whole_head
 from crate_fast.kernels.launch import Launch, Tile
 from crate_fast.kernels.layer_norm import Norm
 from crate_fast.probes import PROBLEMS
@@ -72,9 +75,11 @@ def _with_options(arguments: tuple) -> tuple[tuple, dict]:
     return (arguments[:-1], arguments[-1]) if isinstance(arguments[-1], dict) else (arguments, {})
 
 
-def _share(name: str, device, *more) -> float:
+def _share(name: str, device, *more, spread: float | None = None) -> float:
     """Return the worst error of a kernel relative to the allowed error; `more` are arguments of `_arguments`."""
-    small, options = self_check._small(name, device, *_with_options(_arguments(name, device, *more)))
+    arguments, options = _with_options(_arguments(name, device, *more))
+    options = options | ({} if spread is None else {"spread": spread})
+    small, options = self_check._small(name, device, arguments, options)
     return max(self_check._shares(name, _function(name), small, options).values())
 
 
@@ -160,6 +165,7 @@ def test_a_wrong_kernel_is_an_error_at_its_first_launch(launched, argument, chan
         "torch ",
         "triton ",
         "TRITON_PTXAS_PATH",
+        "TRITON_PTXAS_BLACKWELL_PATH",
         "backend='torch'",
         "--precision fp32",
         "CRATE_FAST_SELF_CHECK=0",
@@ -175,7 +181,8 @@ def test_a_right_kernel_is_checked_once(name, launches, device):
     expected = _call(name, arguments, lambda function, *given, **options: function(*given, **options))
     alone, generator = len(launches), torch.get_rng_state()
     launches.clear()
-    for total in (2 * alone, 3 * alone):
+    checks = 2 if name.startswith("attention") else 1
+    for total in ((1 + checks) * alone, (2 + checks) * alone):
         found = _call(name, arguments)
         assert len(launches) == total
     assert torch.equal(torch.get_rng_state(), generator)
@@ -189,12 +196,41 @@ def test_right_kernels_are_well_below_the_limit(rows, width, dtype, product, tf3
     for name in KERNELS:
         for norm in (True, False) if name in NORMED else (True,):
             assert _share(name, device, dtype, rows, width, product, norm) <= 0.8, (name, norm)
+        if name.startswith("attention"):
+            assert _share(name, device, dtype, rows, width, spread=100.0) <= 0.8, name
 
 
 def test_right_kernels_are_well_below_the_limit_in_bfloat16(bfloat16, device):
     for dtype, name in itertools.product((torch.bfloat16, SINGLE), KERNELS):
         if not (name.startswith("attention") and dtype == SINGLE):
             assert _share(name, device, dtype, 70, 96, torch.bfloat16) <= 0.8, (name, dtype)
+    for name, rows in itertools.product(("attention.forward", "attention.backward"), (197, 305)):  # whole heads; rows
+        assert _share(name, device, torch.bfloat16, rows, 128, spread=1e4) <= 0.8, (name, rows)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "kernel", "name", "rows"),
+    [
+        (ROW_MUTANTS["never a running maximum"], attention, "forward", 785),
+        (ROW_MUTANTS["always one exponential"], attention, "backward", 785),
+        (WHOLE_MUTANTS["a refusal that is ignored"], whole_head, "backward", 197),
+    ],
+)
+def test_the_check_reaches_the_branches_for_norms_that_differ(
+    mutation, kernel, name, rows, tmp_path, bfloat16, device, monkeypatch
+):
+    arguments = _arguments(f"attention.{name}", device, torch.bfloat16, rows, 128)
+    checked(getattr(attention, name), *arguments)
+    self_check._right.clear()
+    self_check._seen.clear()
+    changed, function = mutant(kernel, mutation[:2], tmp_path), getattr(attention, name)
+    if kernel is whole_head:
+        monkeypatch.setattr(kernels, "whole_head", changed)
+    else:
+        function = getattr(changed, name)
+        function.__module__ = attention.__name__  # as which it is checked
+    with pytest.raises(UserError, match=f"the kernel crate_fast::attention.{name} is wrong"):
+        checked(function, *arguments)
 
 
 def test_a_launch_that_fails_is_an_error_with_a_remedy(monkeypatch, device):
@@ -206,12 +242,20 @@ def test_a_launch_that_fails_is_an_error_with_a_remedy(monkeypatch, device):
     assert raised.value.__cause__ is error
 
 
-def test_without_enough_memory_the_check_is_postponed(launches, monkeypatch, device):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+    ],
+    ids=repr,
+)
+def test_without_enough_memory_the_check_is_postponed(error, launches, monkeypatch, device):
     draws, like = iter([True, False]), self_check._Draw.like
 
     def short(*arguments):
         if next(draws, False):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return like(*arguments)
 
     monkeypatch.setattr(self_check._Draw, "like", short)
@@ -243,11 +287,23 @@ def test_another_variant_of_a_kernel_is_checked(device):
         assert len(self_check._right) == len(variants) + more, alpha
 
 
+def test_a_large_launch_and_a_weight_of_another_height_are_other_variants(monkeypatch, device):
+    monkeypatch.setattr(self_check, "ELEMENTS", 2**12)
+    x, channel = torch.randn(40, 64, device=device).half(), torch.randn(64, device=device).half()
+    weights, tile = [torch.randn(height, 64, device=device).half() for height in (64, 96)], Tile(32, 32, 4, 1, 32)
+    calls = [("ista.forward", _arguments("ista.forward", device, rows=rows)) for rows in (40, 72)]  # 40 · 64 < 2¹²
+    calls += [("folding.scale", (weight, channel, channel, HALF)) for weight in weights]
+    calls += [("product.product", (x, weight, None, tile, {"dtype": HALF})) for weight in weights]
+    for total, (name, arguments) in enumerate(calls, 1):
+        _call(name, arguments)
+        assert len(self_check._right) == total, (name, total)
+
+
 def test_another_alignment_or_stride_is_another_variant(launches, device):
     function, room = _function("attention.forward"), torch.randn(2 * 41 * 64 + 1, device=device).half()
     aligned, shifted = (room[start : start + 2 * 40 * 64].view(2, 40, 2, 32) for start in (0, 1))
     strided = torch.randn(2, 2, 40, 32, device=device).half().transpose(1, 2)
-    for factor, total in ((1, 6), (2, 9)):
+    for factor, total in ((1, 9), (2, 12)):
         for w in (factor * aligned, shifted, strided):
             checked(function, w, 0.2)
         assert len(launches) == total
