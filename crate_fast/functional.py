@@ -336,7 +336,7 @@ def cached_dictionaries():
 
     Use it for gradient accumulation (forward and backward of all micro-batches), activation checkpointing, evaluation
     loops and serving. Dictionaries are folded again after an optimizer step and after a change that PyTorch tracks
-    (`load_state_dict`); on a GPU, an untracked one (`parameter.data.add_(…)`) is not detected. Only `nn.Parameter`s
+    (`load_state_dict`, `parameter.data = …`); on a GPU `parameter.data.add_(…)` is not detected. Only `nn.Parameter`s
     are cached. Every call folds again outside, in compiled code, during the capture of a CUDA graph, and without the
     kernels in a pass that computes the dictionary's gradient. Inference on a CPU needs no scope: it keeps G until the
     dictionary changes.
@@ -384,7 +384,7 @@ def _fingerprint(dictionary: Tensor) -> tuple:
     """
     version = None if dictionary.is_inference() else dictionary._version
     if not dictionary.is_cpu:
-        return (version,)
+        return version, dictionary.device, dictionary.data_ptr()  # `parameter.data = other` keeps the version
     values = dictionary.detach().reshape(-1)
     values = values if values.dtype == torch.float64 else values.float()
     return version, torch.dot(values, _random_vector(values.numel(), values.dtype)).item()

@@ -98,6 +98,7 @@ def odl(
         rows, shift = x.reshape(x.shape[:-1].numel(), x.shape[-1]), step_size * sparsity
         if kernels and norm is not None and autocast_enabled(x.device.type):
             rows = rows.float()  # as PyTorch's LayerNorm does
+            gamma, beta = gamma.float(), beta.float()  # PyTorch's kernel takes one dtype
         y, *_ = odl_fwd(
             rows, gamma, beta, dictionary, decoder, step_size, shift, eps, steps, compute_dtype(x), kernels
         )

@@ -37,6 +37,23 @@ def _alpha(**options) -> CRATE:
     return CRATE(**(SIZES | {"dim_head": 16} | ALPHA_OPTIONS | options))
 
 
+def test_the_kernels_take_half_precision_parameters_under_autocast(device):
+    """PyTorch's LayerNorm of a GPU takes one dtype, and autocast's rows are fp32."""
+    x, dictionary, decoder = _inputs(dtype=torch.float16, device=device)
+    gamma, beta = (torch.ones(48, dtype=torch.float16, device=device, requires_grad=True) for _ in range(2))
+    layer_norm, dtypes = torch.native_layer_norm, []
+
+    def of_a_gpu(x, shape, *weights):
+        dtypes.append([x.dtype, *(weight.dtype for weight in weights[:2])])
+        return layer_norm(x, shape, *weights)
+
+    with pytest.MonkeyPatch.context() as patch, torch.autocast(device.type, torch.float16):
+        patch.setattr(torch, "native_layer_norm", of_a_gpu)
+        KERNELS(x, dictionary, decoder, norm=(gamma, beta, 1e-6)).float().sum().backward()
+    assert dtypes == [[torch.float32] * 3]
+    assert (gamma.grad.dtype, x.grad.dtype) == (torch.float16, torch.float16)
+
+
 @pytest.fixture
 def released() -> ReleasedCRATEAlpha:
     return ReleasedCRATEAlpha(**SIZES)
