@@ -21,6 +21,7 @@ import argparse
 import importlib.util
 import json
 import lzma
+import math
 import os
 import re
 import resource
@@ -205,12 +206,16 @@ class Check:
 
     def go(self, stages: list[Stage]) -> None:
         """Run the stages, each within its share of the remaining time; an error costs only its own stage."""
+        if not self.rehearse:  # a throttled card, or another process on it, shows in this log
+            fields = "timestamp,clocks.sm,power.draw,utilization.gpu,clocks_event_reasons.active"
+            command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-lms", "1000"]
+            clocks = Process(Job("clocks", command, math.inf), ROOT, self.logs, self.environment, self.end)
         for index, stage in enumerate(stages):
             now = time.monotonic()
             left = self.end - now
             wanted = sum(later.seconds for later in stages[index:])
             last = index == len(stages) - 1
-            share = max(0.0, left - stage.grace if last else stage.seconds * min(1.0, left / wanted))
+            share = max(0.0, left - stage.grace if last else stage.seconds * left / wanted)
             self.stage = stage.name
             self.soft, self.hard = now + share, min(self.end, now + share + stage.grace)
             print(f"== {stage.name}: {share:.0f} s, after {now - self.started:.0f} s", flush=True)
@@ -219,6 +224,8 @@ class Check:
                     action(self)
                 except Exception:
                     self.row(stage.name, "red", f"the check's own error: {traceback.format_exc()}")
+        if not self.rehearse:
+            clocks.kill("the check has ended")
 
     def pack(self) -> str:
         """Write the archive and the summary; return the summary."""
@@ -234,7 +241,7 @@ def environment(check: Check) -> None:
     """Record the versions and the card, list the items of all stages, and test the assembler in .gpu/."""
     items, rows = check.folder / "items.json", check.folder / "rows_environment.jsonl"
     words = ("environment", "--rows", str(rows), "--into", str(items))
-    jobs = [check.worker(*words, name="environment", limit_s=90)]
+    jobs = [check.worker(*words, name="environment", limit_s=150)]
     trial, ptxas = check.folder / "trial.json", check.folder / "ptxas"
     carried = dict.fromkeys(PTXAS_VARIABLES, str(ptxas))
     if not check.rehearse:
@@ -266,6 +273,10 @@ def environment(check: Check) -> None:
             check.row("carried assembler", "ok", facts={"ptxas": version})
         else:
             check.row("carried assembler", "n/a", f"Triton's own is used: {found['status']}")
+    if not check.rehearse and PTXAS_VARIABLES[0] not in check.environment:
+        # else torch.compile would use the assembler in torch's wheel
+        own = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
+        check.environment |= dict.fromkeys(PTXAS_VARIABLES, str(own)) if own.exists() else {}
     if items.exists():
         check.items = json.loads(items.read_text())
     elif NO_GPU in tail(check.logs / "environment.log"):
@@ -282,10 +293,11 @@ def _probe(name: str, into: Path, *words: str) -> list[str]:
 
 def warm_models(check: Check) -> None:
     """Fill the compilers' caches for whole models."""
-    models = [item for kind in ("models", "more") for item in check.items.get(kind, []) if item["kind"] == "model"]
-    compiled = [item for item in models if item["peers"][-1].endswith(("compiled", "CUDA graphs"))]
+    first, more = (check.items.get(kind, []) for kind in ("models", "more"))
+    compiled = [item for item in first if item["peers"][-1].endswith(("compiled", "CUDA graphs"))]
+    models = [item for item in first + more if not item["peers"][-1].endswith(("compiled", "CUDA graphs"))]
     jobs = [check.items_job([item | {"peers": item["peers"][-1:]}], "warm", 90.0) for item in compiled]
-    ours = [item | {"peers": item["peers"][:1]} for item in models if item not in compiled]
+    ours = [item | {"peers": item["peers"][:1]} for item in models]
     check.work_through(ours[: 2 * MODELS_AT_ONCE], "warm", MODELS_AT_ONCE, 40.0, jobs)
 
 
@@ -351,7 +363,8 @@ def timings(check: Check) -> None:
     items = check.items.get("operators", [])
     if check.rehearse:
         items = [items[0], {"name": "a fault", "kind": "crash"}, *items[1:2]] if items else []
-    check.work_through(items + check.items.get("compiled", []), "time", 1, 60.0)
+    check.work_through(items, "time", 1, 60.0)
+    check.work_through(check.items.get("compiled", []), "time", 1, 100.0)  # a cold one compiles for most of a minute
 
 
 def tiles(check: Check) -> None:
@@ -361,7 +374,8 @@ def tiles(check: Check) -> None:
     for item in check.items.get("tiles", []):
         row = warmed.get(item["name"], {"status": "n/a", "reason": NO_TIME})
         spills = row.get("spills") and not item["present"]
-        if row["reason"] == NO_TIME or (row["status"] == "ok" and not spills):
+        late = str(row["reason"]).startswith((NO_TIME, "timed out after"))  # the stage has ended
+        if late or (row["status"] == "ok" and not spills):
             kept.append(item)
         else:
             check.row(item["name"], "n/a", f"left out: {row['reason'] or 'it spills registers'}")
@@ -420,7 +434,8 @@ def counters(check: Check) -> None:
     command = [tool, "--profile-from-start", "off", "--clock-control", "none"]
     for section in ("SpeedOfLight", "Occupancy", "LaunchStats", "WarpStateStats", "ComputeWorkloadAnalysis"):
         command += ["--section", section]
-    command += [sys.executable, str(ROOT / "benchmarks" / "gpu_worker.py"), "kernels"]
+    until = time.time() + check.soft - time.monotonic() - 5.0  # ncu prints when the program ends
+    command += [sys.executable, str(ROOT / "benchmarks" / "gpu_worker.py"), "kernels", "--until", str(until)]
 
     def done(process: Process) -> None:
         if process.reason is None:
@@ -431,19 +446,20 @@ def counters(check: Check) -> None:
     check.run([Job("ncu", command, 60.0)], done, 1)
 
 
-_ENVIRONMENT = Stage("environment", 15, 75, environment)
+_ENVIRONMENT = Stage("environment", 15, 135, environment)  # without its items the other stages do nothing
 _FIRST = [
     Stage("warm", 35, 15, warm),
     Stage("probes", 70, 15, probes),
-    Stage("tiles", 70, 10, tiles),
-    Stage("timings", 90, 15, timings),
-    Stage("tests", 120, 0, tests),
+    Stage("tiles", 50, 10, tiles),
+    Stage("timings", 140, 15, timings),
+    Stage("tests", 90, 0, tests),
 ]
 _SECOND = [
     Stage("warm models", 40, 30, warm_models),
-    Stage("models", 100, 20, _timed("models", 90.0)),  # CRATE-B/16 with its peers, B/8, a profile
+    Stage("profile", 15, 10, _timed("profile", 45.0)),  # of a training step of CRATE-B/16
+    Stage("models", 90, 20, _timed("models", 90.0)),  # CRATE-B/16 with its peers, B/8
     Stage("counters", 30, 10, counters),
-    Stage("more", 45, 5, _timed("more", 45.0)),  # inference, growth, CRATE-MAE, other sizes
+    Stage("more", 40, 5, _timed("more", 45.0)),  # inference, growth, CRATE-MAE, other sizes
 ]
 PARTS = {
     "first": [_ENVIRONMENT, *_FIRST],

@@ -49,10 +49,14 @@ def facts_of(rows: Iterable[dict]) -> dict[str, object]:
 def found_tiles(rows: Iterable[dict]) -> list[dict]:
     """Return the best tiles in the format of `CRATE_FAST_TILES`; the present tile stays unless 2 % are gained.
 
-    A kernel of whole heads that is slower than blocks of rows, or red, gets None, so that blocks of rows run.
+    A kernel of whole heads that is slower than blocks of rows, or red, gets None, so that blocks of rows run. Else
+    blocks of rows run at longer shapes only, and the longest decides on their tile.
     """
     rows = list(rows)
     best, found = _best(rows), []
+    kept = [key for key in best if _faster_than_blocks_of_rows(best, key)]
+    at_long = {(key[0].replace("whole_head", "attention"), *key[1:]) for key in kept}
+    best |= _best([row for row in rows if tuple(row.get(name) for name in TILE_KEY) in at_long], longest=True)
     for row in rows:
         key = tuple(row.get(name) for name in TILE_KEY)
         if row["status"] == "red" and str(key[0]).startswith("whole_head") and row["present"] and key not in best:
@@ -61,8 +65,7 @@ def found_tiles(rows: Iterable[dict]) -> list[dict]:
         tile = dict(row["tile"])
         if alternative_ms is not None:
             tile["chosen"] = row["latency_ms"] < alternative_ms
-        times = _beside_blocks_of_rows(best, key)
-        if times and math.prod(rows_ms / whole_ms for whole_ms, rows_ms in times.values()) < 1:
+        if _beside_blocks_of_rows(best, key) and key not in kept:
             tile = None
         found.append(dict(zip(TILE_KEY, key, strict=True)) | {"tile": tile})
     return found
@@ -76,17 +79,30 @@ def without_whole_heads(found: list[dict], items: Iterable[dict]) -> list[dict]:
     return kept + [dict(zip(TILE_KEY, key, strict=True)) | {"tile": None} for key in off]
 
 
-def _best(rows: Iterable[dict]) -> dict[tuple, tuple[dict, float | None]]:
-    """Return by key the row of the best tile and the milliseconds of PyTorch's alternative."""
+def _faster_than_blocks_of_rows(best: dict[tuple, tuple], key: tuple) -> bool:
+    times = _beside_blocks_of_rows(best, key)
+    return bool(times) and math.prod(rows_ms / whole_ms for whole_ms, rows_ms in times.values()) >= 1
+
+
+def _best(rows: Iterable[dict], longest: bool = False) -> dict[tuple, tuple[dict, float | None]]:
+    """Return by key the row of the best tile and the milliseconds of PyTorch's alternative.
+
+    With `longest`, the best at the shape B×N×H×D of most tokens, else by the mean of all shapes.
+    """
+
+    def time_of(row: dict) -> float:
+        shapes = row["shapes"]
+        return shapes[max(shapes, key=lambda shape: int(shape.split("×")[1]))] if longest else row["latency_ms"]
+
     timed: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["status"] == "ok" and row.get("latency_ms") is not None and "kernel" in row:
             timed.setdefault(tuple(row[name] for name in TILE_KEY), []).append(row)
     best = {}
     for key, candidates in timed.items():
-        quickest = min(candidates, key=lambda row: row["latency_ms"])
+        quickest = min(candidates, key=time_of)
         present = next((row for row in candidates if row["present"]), None)
-        keep = present is not None and quickest["latency_ms"] > WORTH * present["latency_ms"]
+        keep = present is not None and time_of(quickest) > WORTH * time_of(present)
         others = [list(row["alternative"].values()) for row in candidates if row.get("alternative")]
         alternative_ms = math.prod(others[0]) ** (1 / len(others[0])) if others else None
         best[key] = (present if keep else quickest, alternative_ms)

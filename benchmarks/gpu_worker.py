@@ -30,8 +30,8 @@ COMPILED_FIRST = ["FlexAttention", "three products, compiled", "one product, com
 COMPILED_FIRST += ["torch.compile of the eager form"]
 PROFILED = 30  # rows in a profile's table
 COUNTED = (
-    *("attention_forward", "attention_backward", "whole_head_forward"),
-    *("whole_head_backward", "ista_forward", "weight_gradient"),
+    *("whole_head_forward", "whole_head_backward", "ista_forward"),
+    *("attention_forward", "attention_backward", "weight_gradient"),
 )
 
 
@@ -118,14 +118,14 @@ def list_items(rows: Rows) -> dict[str, list[dict]]:
     """List the items by kind, the most important first; an error costs only its own kinds.
 
     Returns:
-        "operators" and "compiled" (with compiled peers), "tiles", "probes", "models" and "more".
+        "operators" and "compiled" (with compiled peers), "tiles", "probes", "models", "profile" and "more".
     """
     found = {}
     for kinds, make in (
         (("operators", "compiled"), _operator_items),
         (("tiles",), _tile_items),
         (("probes",), _probe_items),
-        (("models", "more"), _model_items),
+        (("models", "profile", "more"), _model_items),
     ):
         try:
             found |= dict(zip(kinds, make(), strict=True))
@@ -151,7 +151,10 @@ def _operator_items() -> tuple[list[dict], list[dict]]:
         for peer in peers:
             if peer.compiles:
                 compiled.append(item | {"name": f"{label}: {peer.name}", "peers": ["ours", peer.name]})
-    compiled.sort(key=lambda item: COMPILED_FIRST.index(item["peers"][1]))
+    peers = [item["peers"][1] for item in compiled]
+    earlier = [peers[:index].count(peer) for index, peer in enumerate(peers)]  # so that a short run has each peer
+    order = sorted(range(len(peers)), key=lambda i: (earlier[i], COMPILED_FIRST.index(peers[i])))
+    compiled = [compiled[index] for index in order]
     return plain, compiled
 
 
@@ -172,8 +175,8 @@ def _probe_items() -> tuple[list[dict]]:
     return (items,)
 
 
-def _model_items() -> tuple[list[dict], list[dict]]:
-    """List training steps of CRATE-B/16 and B/8; then inference, growth, autoencoders and other models."""
+def _model_items() -> tuple[list[dict], list[dict], list[dict]]:
+    """List training steps of CRATE-B/16 and B/8; a profile; inference, growth, autoencoders and other models."""
     from bench_model import GROWTH, PEERS
     from model_problem import COMPILED, GRAPHS, INFERENCE, OURS, RELEASED, TRAINING, VIT
 
@@ -184,7 +187,8 @@ def _model_items() -> tuple[list[dict], list[dict]]:
     profiled = {"name": "profile", "kind": "profile", "shape": "B/16"}
     if REHEARSED:
         return (
-            [item("crate", "tiny", TRAINING, [OURS, RELEASED]), profiled | {"shape": "tiny"}],
+            [item("crate", "tiny", TRAINING, [OURS, RELEASED])],
+            [profiled | {"shape": "tiny"}],
             [item("growth", "N = 17", INFERENCE, [OURS]), item("model", "tiny MAE", TRAINING, [OURS])],
         )
     compiled = [name for name in PEERS["crate"] if name.endswith((COMPILED, GRAPHS))]
@@ -193,13 +197,12 @@ def _model_items() -> tuple[list[dict], list[dict]]:
     beside = [item("crate", "B/16", TRAINING, [OURS, name]) for name in compiled]
     models = [item("crate", "B/16", TRAINING, plain), *beside[:1], item("crate", "B/8", TRAINING, plain), *beside[1:]]
     models += [item("crate", "α-B/16", TRAINING, [OURS, RELEASED + COMPILED])]
-    models += [profiled]  # last: the profiler may stay attached
     more = [item("crate", "B/16", INFERENCE, plain)]
     more += [item("growth", n, what, PEERS["growth"]) for what in (INFERENCE, TRAINING) for n in GROWTH]
     more += [item("crate", model, TRAINING, [OURS, OURS + GRAPHS]) for model in ("T/16", "S/8")]  # eager: host-bound
     more += [item("model", "CRATE-MAE-B", TRAINING, PEERS["model"])]
     more += [item("crate", model, TRAINING, plain) for model in ("α-B/16", "S/8", "T/16", "L/16")]
-    return models, more
+    return models, [profiled], more
 
 
 # --- items --------------------------------------------------------------------------------------------------------
@@ -366,8 +369,8 @@ def work_through(items: list[dict], worker: Worker, until: float, stall_s: float
     faulthandler.cancel_dump_traceback_later()
 
 
-def kernels() -> None:
-    """Launch each counted kernel once, between cudaProfilerStart and -Stop."""
+def kernels(until: float) -> None:
+    """Launch each counted kernel once, between cudaProfilerStart and -Stop, as long as there is time."""
     import tile_search
     import torch
 
@@ -375,7 +378,7 @@ def kernels() -> None:
 
     for kernel in COUNTED:
         tile = find(kernel, torch.device("cuda"), "half", 64 if kernel.startswith(("attention", "whole_head")) else 0)
-        if tile is None:
+        if tile is None or time.time() >= until:
             continue
         launches = tile_search.problems(kernel)[0].plan(tile)
         for launch in launches:
@@ -402,7 +405,7 @@ def main(argv: list[str] | None = None) -> int:
     faulthandler.enable()
     os.nice(options.nice)
     if options.job == "kernels":
-        kernels()
+        kernels(options.until)
         return 0
     rows = Rows(options.rows)
     if options.job == "items":
@@ -410,6 +413,10 @@ def main(argv: list[str] | None = None) -> int:
             from torch._inductor import config
 
             config.autotune_local_cache = False
+        if options.mode == "time":
+            from torch._inductor import config
+
+            config.triton.cudagraph_or_error = True  # else a row of CUDA graphs could be one without
         items = json.loads(options.items.read_text())
         work_through(items, Worker(options.mode, rows), options.until, options.stall)
     else:

@@ -329,7 +329,9 @@ def test_the_carried_assembler_is_used_if_its_probe_is_right(check, tmp_path, mo
     variables = gpu_check.PTXAS_VARIABLES
     ours, tritons = dict.fromkeys(variables, str(check.folder / "ptxas")), dict.fromkeys(variables)
     used = {name: value for name, value in check.environment.items() if name in variables}
-    assert used == (ours if carried == "right" else {})
+    assert used.keys() == {*variables}  # else torch.compile would use another
+    assert (used == ours) == (carried == "right")
+    assert all(Path(tool).is_file() for tool in used.values())
     others = {"right": {"Triton's assembler": tritons}, "wrong": {"carried assembler": ours}}
     assert check.assemblers == {"again": {}} | others.get(carried, {})
 
@@ -338,7 +340,7 @@ def _tile(kernel: str, block: int, ms: float | None, present: bool = False, **mo
     key = {"kernel": kernel, "architecture": "sm_90", "precision": "half", "block_d": 64}
     tile = {"block_m": block, "block_n": 64, "num_warps": 8, "num_stages": 2}
     row = {"item": f"{kernel} {block}", "stage": "tiles", "status": "ok" if ms else "red", "reason": None, **key}
-    return row | {"tile": tile, "present": present, "latency_ms": ms, "shapes": {"s": ms}} | more
+    return row | {"tile": tile, "present": present, "latency_ms": ms, "shapes": {"1×9×1×1": ms}} | more
 
 
 def test_the_fastest_tile_replaces_the_present_one_if_it_gains_enough():
@@ -361,7 +363,20 @@ def test_the_fastest_tile_replaces_the_present_one_if_it_gains_enough():
     assert best(present, red)["whole_head_forward"] is None  # blocks of rows run
     assert best(present, red, _tile("whole_head_forward", 32, 0.5))["whole_head_forward"] == 32
     page = gpu_report.summary([present, _tile("whole_head_forward", 64, 0.5)], "first")
-    assert "* whole_head_forward at s: 0.5 ms, by blocks of rows 1 ms: 2.00×" in page
+    assert "* whole_head_forward at 1×9×1×1: 0.5 ms, by blocks of rows 1 ms: 2.00×" in page
+
+
+def test_beside_whole_heads_the_longest_shape_decides_on_the_tile_of_blocks_of_rows():
+    def rows(whole_ms: float) -> list[dict]:
+        found = [_tile("whole_head_forward", 64, whole_ms, present=True)]
+        for block, short, long in ((128, 1.0, 3.0), (64, 3.0, 2.0)):
+            shapes = {"shapes": {"1×9×1×1": short, "1×30×1×1": long}}
+            found.append(_tile("attention_forward", block, (short * long) ** 0.5, present=block == 128, **shapes))
+        return found
+
+    for whole_ms, block in ((0.5, 64), (5.0, 128)):
+        found = {row["kernel"]: row["tile"] for row in gpu_report.found_tiles(rows(whole_ms))}
+        assert found["attention_forward"]["block_m"] == block
 
 
 def test_whole_heads_that_crash_are_turned_off(check):
@@ -394,16 +409,17 @@ def test_a_red_probe_of_whole_heads_turns_them_off(check):
 
 def test_tiles_that_do_not_compile_or_spill_are_not_timed(check, monkeypatch):
     check.stage, timed = "warm", []
-    names = ("fits", "spills", "present spills", "fails", "cold")
+    names = ("fits", "spills", "present spills", "fails", "cold", "cut short")
     check.items = {"tiles": [{"name": name, "present": "present" in name} for name in names]}
     for name, spills in (("fits", 0), ("spills", 4), ("present spills", 4)):
         check.row(name, "ok", spills=spills)
     check.row("fails", "n/a", "out of shared memory")
     check.row("cold", "n/a", gpu_check.NO_TIME)
+    check.row("cut short", "n/a", "timed out after 50 s: …")
     monkeypatch.setattr(Check, "work_through", lambda _, items, *rest: timed.extend(item["name"] for item in items))
     check.stage = "tiles"
     gpu_check.tiles(check)
-    assert timed == ["fits", "present spills", "cold"]
+    assert timed == ["fits", "present spills", "cold", "cut short"]
     reasons = {row["item"]: row["reason"] for row in check.rows() if row["stage"] == "tiles"}
     assert reasons == {"spills": "left out: it spills registers", "fails": "left out: out of shared memory"}
 
@@ -412,12 +428,19 @@ def test_work_is_listed_by_kind_with_unique_names(monkeypatch, tmp_path):
     """If one kind cannot be listed, the others are."""
     rows = gpu_worker.Rows(tmp_path / "rows.jsonl")
     listed = gpu_worker.list_items(rows)
-    assert listed.keys() == {"operators", "compiled", "tiles", "probes", "models", "more"}
+    assert listed.keys() == {"operators", "compiled", "tiles", "probes", "models", "profile", "more"}
     for items in listed.values():
         assert len({item["name"] for item in items}) == len(items) > 0
     monkeypatch.setattr(gpu_worker, "_probe_items", lambda: 1 / 0)
     listed = gpu_worker.list_items(rows)
-    assert {kind for kind, items in listed.items() if items} == {"operators", "compiled", "tiles", "models", "more"}
+    assert {kind for kind, items in listed.items() if items} == {
+        "operators",
+        "compiled",
+        "tiles",
+        "models",
+        "profile",
+        "more",
+    }
     (red,) = gpu_report.read_rows(tmp_path / "rows.jsonl")
     assert (red["item"], red["status"]) == ("list of probes", "red")
 
@@ -484,7 +507,7 @@ def test_the_rehearsal_runs_every_stage_and_faults_are_red_rows(rehearsal):
     assert "timed out" in red["fault:hang"]
     assert "of the error that is allowed" in red["fault:wrong"]
     stages = {row["stage"] for row in rows if row["status"] == "ok"}
-    assert stages == {"environment", "warm", "probes", "timings", "tiles", "warm models", "models", "more"}
+    assert stages == {"environment", "warm", "probes", "timings", "tiles", "warm models", "profile", "models", "more"}
     skipped = {"tests", "counters"}  # no GPU
     assert {stage.name for part in gpu_check.PARTS.values() for stage in part} == stages | skipped
     assert {row["item"] for row in rows if "again" in row} == {f"{fault}, again" for fault in gpu_check.FAULTS}
