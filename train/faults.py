@@ -149,12 +149,8 @@ class NonFinite:
 
 def poisoned(weights: dict[str, Tensor]) -> list[str]:
     """Return the names of the tensors in a state dict that contain NaN or infinity."""
-
-    def finite(tensor: Tensor) -> bool:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        return bool(local.isfinite().all())
-
-    return [name for name, tensor in weights.items() if tensor.is_floating_point() and not finite(tensor)]
+    local = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in weights.items()}
+    return [name for name, tensor in local.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
 
 
 @torch.no_grad()
