@@ -209,9 +209,8 @@ def best_step(root: Path) -> int | None:
 
 def sweep(root: Path) -> None:
     """Delete partial checkpoints that a killed process was writing or deleting."""
-    for suffix in ("tmp", "gone"):
-        for path in root.glob(f".step_*.{suffix}"):
-            shutil.rmtree(path)
+    for path in root.glob(".step_*"):
+        shutil.rmtree(path)
 
 
 def rotate(root: Path, keep: int) -> None:
