@@ -56,15 +56,6 @@ class _PortableISTA(nn.Module):
         return F.relu(u - self.shift) if self.threshold == "relu" else F.softshrink(u, self.shift)
 
 
-def _portable(module: nn.Module) -> nn.Module:
-    """Replace every ISTA, in place."""
-    for name, child in list(module.named_children()):
-        _portable(child)
-        if type(child) is ISTA:  # not one with a forward of its own
-            setattr(module, name, _PortableISTA(child))
-    return module
-
-
 def _plain_copy(model: CRATE) -> CRATE:
     plain = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     for module in plain.modules():
@@ -139,7 +130,10 @@ class PortableCRATE(nn.Module):
                 )
             self.register_buffer("shift", (-mean / deviation).view(1, -1, 1, 1))
             self.register_buffer("scale", (1 / (255 * deviation)).view(1, -1, 1, 1))
-        self.model = _portable(_plain_copy(model))
+        self.model = _plain_copy(model)
+        for name, module in list(self.model.named_modules(remove_duplicate=False)):
+            if type(module) is ISTA:  # not one with a forward of its own
+                self.model.set_submodule(name, _PortableISTA(module))
         if model.grid_size != model.native_grid:  # the graph holds positions of its image size
             positions = resample_positions(self.model.pos_embedding, model.native_grid, model.grid_size)
             self.model.pos_embedding, self.model.native_grid = nn.Parameter(positions, False), model.grid_size
