@@ -311,13 +311,6 @@ def _facts(portable: PortableCRATE, statistics: tuple | None) -> dict:
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def _statistics(normalize: nn.Module) -> tuple[list[float], list[float]]:
-    """Return mean and deviation of a `transforms.Normalize`."""
-    deviation = 1 / (255 * normalize.scale.double().flatten())
-    mean = -normalize.shift.double().flatten() * deviation
-    return [round(value, 6) for value in mean.tolist()], [round(value, 6) for value in deviation.tolist()]
-
-
 def _export(options: argparse.Namespace) -> None:
     from crate_fast.eval.common.models import check_model_args, open_model
     from crate_fast.eval.common.results import file_name, make_folder
@@ -340,7 +333,7 @@ def _export(options: argparse.Namespace) -> None:
         formats=options.format,
         outputs=options.outputs,
         layers=range(depth) if options.layers == "all" else options.layers,
-        statistics=_statistics(loaded.normalize),
+        statistics=loaded.normalize.statistics,
         raw=options.input == "uint8",
         tolerance=options.tolerance,
         facts=facts if classes is None else facts | {"classes": classes},

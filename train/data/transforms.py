@@ -32,13 +32,14 @@ _TORCHVISION_BINS = 31  # magnitudes 0 to 30
 class Normalize(nn.Module):
     """Normalisation of uint8 images [B, 3, S, S] on their device: (x/255 − mean)/std in fp32.
 
-    `statistics` is "imagenet", "cifar10" or "half", or (mean, deviation) of the three channels.
+    `statistics` is "imagenet", "cifar10" or "half", or (mean, deviation) of the three channels; the attribute is
+    always the latter.
     """
 
     def __init__(self, statistics: str | tuple[Sequence[float], Sequence[float]]):
         super().__init__()
-        values = STATISTICS[statistics] if isinstance(statistics, str) else statistics
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in values)
+        self.statistics = STATISTICS[statistics] if isinstance(statistics, str) else statistics
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in self.statistics)
         self.register_buffer("shift", -mean / std, persistent=False)
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
 
