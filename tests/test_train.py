@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from crate_fast import CRATE
 from crate_fast.checkpoints import load_weights
+from crate_fast.errors import UserError
 from crate_fast.eval import coarse_segmentation
 from crate_fast.train import checkpoint, pretrain
 from crate_fast.train import trainer as trainer_module
@@ -247,7 +248,7 @@ def test_a_failed_save_leaves_no_checkpoint(tmp_path, monkeypatch):
         (errno.EACCES, "denied", "check its permissions"),
     ):
         monkeypatch.setattr(checkpoint.torch, "save", Mock(side_effect=OSError(number, reason)))
-        with pytest.raises(checkpoint.DiskError, match=f"{reason}.*{remedy}"):
+        with pytest.raises(UserError, match=f"{reason}.*{remedy}"):
             _save(tmp_path, 2, 2.0)
         assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 

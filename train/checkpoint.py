@@ -31,7 +31,7 @@ from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig, dump_config
 from crate_fast.train.distributed import Processes
-from crate_fast.train.faults import DiskError, NonFiniteError, poisoned, writing
+from crate_fast.train.faults import NonFiniteError, poisoned, writing
 from crate_fast.weight_files import describe_file
 
 WEIGHTS, EMA, TRAINING, MANIFEST = "model.safetensors", "ema.safetensors", "training.pt", "manifest.json"
@@ -97,7 +97,7 @@ def save(
     optimiser state and progress as tensors and plain values; `facts` are JSON values for the manifest.
 
     Raises:
-        DiskError: The checkpoint could not be written; no part of it is left.
+        UserError: The checkpoint could not be written; no part of it is left.
     """
     final = folder_of(root, step)
     temporary = root / f".{final.name}.tmp"
@@ -382,7 +382,7 @@ class RunFolder:
             except (OSError, UserError) as error:
                 problem = error
         if self.processes.agree(str(problem or "")):
-            raise problem or DiskError("rank 0 could not write a checkpoint: see its error")
+            raise problem or UserError("rank 0 could not write a checkpoint: see its error")
         self.saved = step
 
     def mark_best(self, best: dict) -> None:

@@ -50,13 +50,9 @@ class Interruption:
         return self.name is not None
 
 
-class DiskError(UserError):
-    """Error for a file of a run that cannot be written."""
-
-
 @contextmanager
 def writing(folder: Path):
-    """Convert a failure to write below `folder` into a `DiskError` with a remedy."""
+    """Convert a failure to write below `folder` into a `UserError` with a remedy."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
@@ -67,7 +63,7 @@ def writing(folder: Path):
         if (isinstance(error, RuntimeError) and not full) or number in (errno.EEXIST, errno.ENOTDIR):
             raise  # `run_command` has a remedy for the last two
         remedy = "free some space" if full else "check its permissions and its disk"
-        raise DiskError(
+        raise UserError(
             f"{folder} could not be written ({error}; {free / 2**20:,.0f} MiB are free there). What was saved "
             f"before is intact: {remedy}, then continue (in training with --resume)"
         ) from error
