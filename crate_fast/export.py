@@ -158,12 +158,6 @@ class PortableCRATE(nn.Module):
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _capture(portable: PortableCRATE) -> ExportedProgram:
-    with torch.no_grad():
-        batch = {"images": {0: Dim("batch", min=1)}}
-        return torch.export.export(portable, (portable.examples(2),), dynamic_shapes=batch)
-
-
 def _write(program: ExportedProgram, outputs: Sequence[str], path: Path) -> None:
     if path.suffix == ".onnx":
         names = {"input_names": ["images"], "output_names": list(outputs)}
@@ -270,7 +264,9 @@ def export_model(
     if raw and statistics is None:
         raise UserError("raw=True: give the statistics, (mean, deviation) of each channel")
     portable = PortableCRATE(model, outputs, layers, statistics if raw else None)
-    program = _capture(portable)
+    batch = {"images": {0: Dim("batch", min=1)}}
+    with torch.no_grad():
+        program = torch.export.export(portable, (portable.examples(2),), dynamic_shapes=batch)
     folder.mkdir(parents=True, exist_ok=True)
     names, differences = [FORMATS[name] for name in FORMATS if name in formats], {}
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as hidden:
