@@ -203,7 +203,7 @@ def detect(
         num_objects, tau: See `maskcut`. Other arguments: see `crate_fast.eval`.
 
     Yields:
-        For each image: "image_id"; "layers", layer → COCO results.
+        For each image: "image_id"; "layers", layer as a string, as in JSON → COCO results.
     """
     for batch in batches(images, **reading):
         features = loaded.features(batch.images, layers)
@@ -214,7 +214,7 @@ def detect(
                 masks = cut.masks[row][cut.masks[row].flatten(1).any(dim=1)].numpy()
                 masks = coco.enlarge(masks, tuple(sample.image.shape[1:]), Image.Resampling.NEAREST)
                 masks = coco.enlarge(masks, sample.size, Image.Resampling.BICUBIC)
-                record["layers"][layer] = coco.detections_of(masks, sample.key)
+                record["layers"][str(layer)] = coco.detections_of(masks, sample.key)
             yield record
 
 
@@ -223,7 +223,7 @@ def summarise(images: Dataset, records: Sequence[dict], layer: int) -> dict:
 
     The objects of an image without a record count as missed.
     """
-    found = [record["layers"][layer] for record in records]
+    found = [record["layers"][str(layer)] for record in records]
     detections = list(itertools.chain(*found))
     numbers = {"images": len(records), "detections": len(detections), "images_without_detection": found.count([])}
     if images.has_instances:
@@ -253,7 +253,7 @@ def _figure(images: Dataset, records: dict, layer: int, paths: list[Path], shown
     for sample in map(images.__getitem__, readable[:shown]):
         picture = resize(sample.image, list(sample.size), InterpolationMode.BICUBIC)
         line = max(1, min(sample.size) // 150)
-        detections = records[sample.key]["layers"][layer]
+        detections = records[sample.key]["layers"][str(layer)]
         for entry, colour in zip(detections, itertools.cycle(_COLOURS), strict=False):
             mask = torch.from_numpy(rle.decode(entry["segmentation"])).bool()
             x, y, width, height = entry["bbox"]
@@ -283,10 +283,8 @@ def _command(options: argparse.Namespace) -> None:
     found = [done[key] for key in images.keys() if key in done]  # noqa: SIM118
     if not found:
         raise UserError(f"none of the {len(images)} images could be read; first problem: {evaluation.problems[0]}")
-    for record in found:
-        record["layers"] = {int(name): part for name, part in record["layers"].items()}
     numbers = summarise(images, found, layer)
-    detections = [entry for record in found for entry in record["layers"][layer]]
+    detections = [entry for record in found for entry in record["layers"][str(layer)]]
     write_text(evaluation.folder / "detections.json", json.dumps(detections) + "\n")
     evaluation.written.append(evaluation.folder / "detections.json")
     counts = {name: numbers[name] for name in ("images", "detections")}
