@@ -23,8 +23,8 @@ from torch.utils.data import Dataset, Subset
 from crate_fast.errors import UserError
 from crate_fast.eval.common.boxes import BoxedImages, covered
 from crate_fast.eval.common.images import Target, free_photographs, open_images
+from crate_fast.eval.common.results import reserve_folder
 from crate_fast.eval.emergence.protocol import Protocol
-from crate_fast.train.checkpoint import write_text
 from crate_fast.train.data.image_files import find_images, read_image
 from crate_fast.train.data.sources import safe_extraction
 
@@ -106,27 +106,21 @@ def prepare_photographs(source: Path, boxes: Path | None, masks: str | None, fol
     named["masks"] = masks and f"{masks_kind}:{Path(masks_path).resolve()}"
     record = folder / "source.json"
     if record.is_file():
-        before = json.loads(record.read_text())
-        for name, option in (("source", "--data"), ("boxes", "--boxes"), ("masks", "--masks")):
-            if before[name] != named[name]:
-                raise UserError(
-                    f"{folder} was prepared with {option} {before[name]}, not {named[name]}: give the same, or "
-                    "another --output"
-                )
-        return before["training_images"]
-    if not boxes.exists():
-        raise UserError(f"{boxes} does not exist: name the boxes of the validation images with --boxes")
-    if masks and masks_kind != "coco":
-        raise UserError(f"--masks {masks}: write coco:PATH[:SPLIT]")
-    folder.mkdir(parents=True, exist_ok=True)
-    train, val = (_unpacked(source, split, folder) for split in ("train", "val"))
-    images = find_images(train)
-    _split_validation(val, images.labelled(str(train))[0], folder)
-    if masks:
-        open_images(masks, 64)  # raises if they cannot be used
-    named["training_images"] = len(images.names)
-    write_text(record, json.dumps(named, indent=2) + "\n")
-    return named["training_images"]
+        count = json.loads(record.read_text())["training_images"]
+    else:
+        if not boxes.exists():
+            raise UserError(f"{boxes} does not exist: name the boxes of the validation images with --boxes")
+        if masks and masks_kind != "coco":
+            raise UserError(f"--masks {masks}: write coco:PATH[:SPLIT]")
+        folder.mkdir(parents=True, exist_ok=True)
+        train, val = (_unpacked(source, split, folder) for split in ("train", "val"))
+        images = find_images(train)
+        _split_validation(val, images.labelled(str(train))[0], folder)
+        if masks:
+            open_images(masks, 64)  # raises if they cannot be used
+        count = len(images.names)
+    reserve_folder(folder, record.name, named | {"training_images": count})
+    return count
 
 
 def _unpacked(source: Path, split: str, folder: Path) -> Path:
