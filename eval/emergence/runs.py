@@ -36,6 +36,7 @@ from crate_fast.eval.emergence.data import PhotographData
 from crate_fast.eval.emergence.protocol import Protocol, Run
 from crate_fast.eval.emergence.results import Results
 from crate_fast.eval.emergence.scores import box_scores, checkpoint_scores, mask_scores, pictures
+from crate_fast.isolation import tail
 from crate_fast.settings import usable_cores
 from crate_fast.train.checkpoint import locked, write_text
 from crate_fast.train.distributed import choose_device
@@ -210,10 +211,8 @@ class _Scheduler:
             elif stopping:
                 self.waiting.append(run)
             else:
-                log = self.folders.log(run)
-                text = log.read_text(errors="replace") if log.is_file() else ""
-                tail = "\n".join(text.replace("\r", "\n").splitlines()[-8:])
-                raise UserError(f"{run.name} ended with status {process.exitcode} and no result:\n{tail}\nLog: {log}")
+                log, status = self.folders.log(run), process.exitcode
+                raise UserError(f"{run.name} ended with status {status} and no result:\n{tail(log, 8)}\nLog: {log}")
 
 
 # --- one run ---
