@@ -106,7 +106,6 @@ class Check:
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
             "TORCHINDUCTOR_COMPILE_THREADS": str(max(2, self.cores - 2)),
             "OMP_NUM_THREADS": "1" if self.rehearse else "2",
-            "COMMIT": _commit(),
         }
         if self.rehearse:
             added |= {"TRITON_INTERPRET": "1", "GPU_CHECK_REHEARSE": "1"}
@@ -471,24 +470,13 @@ PARTS = {
 # --- the command --------------------------------------------------------------------------------------------------
 
 
-def _commit() -> str:
-    """Return $COMMIT, or git's commit, or the one that `prepare` wrote."""
-    carried = CARRIED / "commit"
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
-    if "COMMIT" in os.environ:
-        return os.environ["COMMIT"]
-    if carried.exists() and not (ROOT / ".git").exists():
-        return carried.read_text().strip()
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError) as error:
-        return carried.read_text().strip() if carried.exists() else f"unknown ({type(error).__name__})"
-
-
 def prepare() -> int:
     """Write the commit and the assembler of Triton 3.9 or later into .gpu/, to be copied to the GPU machine."""
     CARRIED.mkdir(exist_ok=True)
-    (CARRIED / "commit").write_text(_commit() + "\n")
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
+    found = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    commit = os.environ.get("COMMIT") or found or "unknown"
+    (CARRIED / "commit").write_text(commit + "\n")
     target = CARRIED / PTXAS
     if not target.exists():
         with tempfile.TemporaryDirectory() as folder:
@@ -500,7 +488,7 @@ def prepare() -> int:
                 tools = [Path(archive.extract(name, folder)) for name in names]
             newest = max(tools, key=lambda tool: [int(number) for number in _ptxas_version(tool).split(".")])
             target.write_bytes(lzma.compress(newest.read_bytes(), preset=6))
-    print(f"{CARRIED}: commit {_commit()}, {target.name} {target.stat().st_size / 2**20:.0f} MiB; carry this folder")
+    print(f"{CARRIED}: commit {commit}, {target.name} {target.stat().st_size / 2**20:.0f} MiB; carry this folder")
     return 0
 
 

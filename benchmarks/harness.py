@@ -39,6 +39,7 @@ from crate_fast.kernels.launch import INTERPRETED
 gc.freeze()  # so that `free_memory` skips imported objects, which would take a second
 
 RESULTS = Path(__file__).parent / "results"
+CARRIED_COMMIT = Path(__file__).parent.parent / ".gpu" / "commit"  # written by `gpu_check.py prepare`
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CACHE_BYTES = 256 * 2**20  # overwritten before each call; larger than any L2 cache
 MEASUREMENT_MS = 100.0  # length of a measurement, with overwriting the cache
@@ -302,7 +303,8 @@ def open_run(options: argparse.Namespace, device: torch.device | None = None) ->
 def _facts(device: torch.device) -> dict[str, object]:
     found = provenance()
     if found["commit"].startswith(("installed", "unknown")):  # not a git checkout
-        found["commit"] = os.environ.get("COMMIT", found["commit"])
+        carried = CARRIED_COMMIT.read_text().strip() if CARRIED_COMMIT.exists() else found["commit"]
+        found["commit"] = os.environ.get("COMMIT", carried)
     facts = {key: found[key] for key in ("commit", "torch", "timm", "python", "device")} | {"driver": "none"}
     if device.type == "cuda":
         facts |= {"device": torch.cuda.get_device_name(device), "driver": driver_version()}
