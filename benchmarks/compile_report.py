@@ -23,7 +23,7 @@ from multiprocessing import get_context
 import torch
 from gpu_report import markdown_table
 
-from crate_fast.kernels.launch import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile
+from crate_fast.kernels.launch import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile, table_row
 
 NO_SPILLS = ("3.6", "3.8", "3.9")  # Triton versions that the tiles were chosen for; others may spill
 HEAD_DIMS = {32: (32,), 64: (48, 64), 128: (80, 128)}  # by head width to the next power of two
@@ -53,12 +53,8 @@ def cases(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Case]:
     for architecture in architectures:
         for kernel, precision in dict.fromkeys(key[:2] for key in TABLE):
             for size, block_d in _sizes(kernel, precision, architecture):
-                keys = (
-                    (kernel, precision, *key) for key in ((architecture, block_d), (architecture,), (block_d,), ())
-                )
-                tiles = [TABLE[key] for key in keys if key in TABLE]
-                if tiles:
-                    found.append(Case(kernel, architecture, precision, size, tiles[0]))
+                if tile := table_row(kernel, precision, architecture, block_d):
+                    found.append(Case(kernel, architecture, precision, size, tile))
         found += [Case(kernel, architecture, "half", str(WIDTH), Tile(0, 0, 4, 1)) for kernel in ROWWISE]
     return found
 

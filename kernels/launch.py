@@ -197,13 +197,18 @@ def _measured() -> dict[tuple[str, str, str, int], Tile | None]:
         ) from error
 
 
+def table_row(kernel: str, precision: str, family: str, block_d: int = 0) -> Tile | None:
+    """Return the most specific row of the tile table for one of `ARCHITECTURES`, or None."""
+    keys = [(kernel, precision, family, block_d), (kernel, precision, family), (kernel, precision, block_d)]
+    return next((TABLE[key] for key in [*keys, (kernel, precision)] if key in TABLE), None)
+
+
 def find(kernel: str, device: torch.device, precision: str, block_d: int = 0) -> Tile | None:
     """Return the tile of a kernel as `lookup` does, or None if the table has no row."""
     name = architecture(device)
     if (kernel, precision, name, block_d) in _measured():
         return _measured()[kernel, precision, name, block_d]
-    keys = [(kernel, precision, name, block_d), (kernel, precision, name), (kernel, precision, block_d)]
-    return next((TABLE[key] for key in [*keys, (kernel, precision)] if key in TABLE), None)
+    return table_row(kernel, precision, name, block_d)
 
 
 def lookup(kernel: str, device: torch.device, precision: str, block_d: int = 0) -> Tile:

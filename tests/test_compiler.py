@@ -14,21 +14,20 @@ import triton
 
 from crate_fast.errors import UserError
 from crate_fast.kernels import launch
-from crate_fast.kernels.launch import ARCHITECTURES, TABLE, find, lookup
+from crate_fast.kernels.launch import ARCHITECTURES, TABLE, find, lookup, table_row
 
 BOTH = ("attention_forward", "attention_backward", "ista_forward", "ista_backward_input", "weight_gradient")
 KERNELS = dict.fromkeys(BOTH, ("half", "tf32"))
 KERNELS |= dict.fromkeys(("whole_head_forward", "whole_head_backward", "output_map"), ("half",))
 
 
-def test_the_table_is_complete_and_small(monkeypatch):
+def test_the_table_is_complete_and_small():
     assert {key[:2] for key in TABLE} == {(kernel, word) for kernel, words in KERNELS.items() for word in words}
     for architecture in ARCHITECTURES:
-        monkeypatch.setattr(launch, "architecture", lambda _, name=architecture: name)
         for kernel, words in KERNELS.items():
             widths = (64,) if kernel.startswith("whole") else (32, 64, 128) if "attention" in kernel else (0,)
             for word in words:
-                missing = [width for width in widths if find(kernel, None, word, width) is None]
+                missing = [width for width in widths if table_row(kernel, word, architecture, width) is None]
                 on_chip = architecture in ("sm_90", "sm_100") or not kernel.startswith("whole_head")
                 assert (missing == []) == on_chip
 
@@ -37,9 +36,8 @@ def test_the_most_specific_row_is_used(monkeypatch):
     rows = {("k", "half"): 1, ("k", "half", 64): 2, ("k", "half", "sm_90"): 3, ("k", "half", "sm_90", 128): 4}
     monkeypatch.setattr(launch, "TABLE", rows)
     for architecture, widths in (("sm_80", {32: 1, 64: 2, 128: 1}), ("sm_90", {32: 3, 64: 3, 128: 4})):
-        monkeypatch.setattr(launch, "architecture", lambda _, name=architecture: name)
-        assert {width: find("k", None, "half", width) for width in widths} == widths
-        assert find("k", None, "tf32", 64) is None
+        assert {width: table_row("k", "half", architecture, width) for width in widths} == widths
+        assert table_row("k", "tf32", architecture, 64) is None
 
 
 def test_measured_tiles_take_precedence(tmp_path, monkeypatch):
