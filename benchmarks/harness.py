@@ -202,17 +202,6 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dic
     return {name: Timing.of([ms / 1e3 for ms in samples]) for name, samples in measured.items()}
 
 
-class Ceilings(NamedTuple):
-    """Matrix rate in TFLOP/s and copy bandwidth in GB/s (read + written) of this run."""
-
-    matrix_tflops_per_s: float
-    copy_gb_per_s: float
-
-    def floor_ms(self, flops: float, moved_bytes: float) -> float:
-        """Return the longer of the minimal times for arithmetic and for memory traffic."""
-        return 1e3 * max(flops / (self.matrix_tflops_per_s * 1e12), moved_bytes / (self.copy_gb_per_s * 1e9))
-
-
 # --- a run --------------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +225,6 @@ class Run:
     output: Path
     facts: dict[str, object]
     timer: Timer = field(repr=False)
-    ceilings: Ceilings | None = None
     rows: list[dict] = field(default_factory=list)
 
     @property
@@ -250,8 +238,16 @@ class Run:
         dtype = "" if self.dtype == default else f"_{str(self.dtype).removeprefix('torch.')}"
         return stem + ("" if self.timer.on_gpu else "_cpu") + dtype
 
+    def floor_ms(self, flops: float, moved_bytes: float) -> float:
+        """Return the longer of the minimal times for arithmetic and for memory traffic at the measured rates."""
+        flops_per_ms, bytes_per_ms = 1e9 * self.facts["matrix_tflops_per_s"], 1e6 * self.facts["copy_gb_per_s"]
+        return max(flops / flops_per_ms, moved_bytes / bytes_per_ms)
+
     def measure_ceilings(self) -> None:
-        """Measure the rates of a large product and a large copy, which give the floors: best medians of three."""
+        """Measure the rates of a large product (TFLOP/s) and of a large copy (GB/s, read + written) of this run.
+
+        They are the best medians of three, and facts of the rows.
+        """
         timer = self.timer
         side = 256 if self.smoke else 2048 if not timer.on_gpu else 4096 if self.dtype == torch.float32 else 8192
         left, right = (torch.randn(side, side, device=self.device).to(self.dtype) for _ in range(2))
@@ -270,9 +266,10 @@ class Run:
             product_ms = min(product_ms, best_ms(Step(lambda _: onednn_product(left, right))))
         copy_ms = best_ms(Step(lambda _: target.copy_(source)))
         moved = 2 * source.numel() * source.element_size()
-        self.ceilings = Ceilings(2 * side**3 / product_ms / 1e9, moved / copy_ms / 1e6)
-        self.facts |= {name: float(f"{rate:.4g}") for name, rate in self.ceilings._asdict().items()}
-        print(f"measured ceilings: {self.ceilings}", flush=True)
+        rates = {"matrix_tflops_per_s": 2 * side**3 / product_ms / 1e9, "copy_gb_per_s": moved / copy_ms / 1e6}
+        rates = {name: float(f"{rate:.4g}") for name, rate in rates.items()}
+        self.facts |= rates
+        print(f"measured ceilings: {rates}", flush=True)
 
     def report(self, name: str, quiet: bool = False) -> None:
         """Write the rows so far to `name`.{json,md}, except in a smoke run; print the table unless quiet."""

@@ -186,7 +186,7 @@ def measure_peers(problem: Problem, peers: list[Peer], run: Run) -> list[dict]:
         cost, reason = problem.cost_of(peer, what), reasons.get(peer.name)
         row = {"problem": problem.label, **problem.fields, "pass": what, "peer": peer.name, "latency_ms": None}
         row |= {"flops": cost.flops, "bytes": cost.moved_bytes}
-        row |= {"floor_ms": run.ceilings.floor_ms(cost.flops, cost.moved_bytes), "reason": reason, **run.facts}
+        row |= {"floor_ms": run.floor_ms(cost.flops, cost.moved_bytes), "reason": reason, **run.facts}
         if reason is not None:
             rows.append(row | {"red": peer.ours})
             continue

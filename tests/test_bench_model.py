@@ -159,7 +159,6 @@ def test_bytes_of_models_by_hand():
 # --- operators: smoke runs, wrong kernels, floors, failing peers, tables ---
 
 BOTH = "forward + backward"
-CEILINGS = harness.Ceilings(100.0, 1000.0)  # TFLOP/s, GB/s
 
 
 @pytest.mark.parametrize("bench", [bench_mssa, bench_ista])
@@ -186,7 +185,8 @@ def test_without_a_gpu_the_results_are_named_cpu(benchmark_module, monkeypatch, 
     monkeypatch.setattr(harness, "INTERPRETED", False)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(harness, "MEASUREMENT_MS", 2.0)
-    monkeypatch.setattr(harness.Run, "measure_ceilings", lambda run: setattr(run, "ceilings", CEILINGS))
+    rates = {"matrix_tflops_per_s": 1.0, "copy_gb_per_s": 100.0}
+    monkeypatch.setattr(harness.Run, "measure_ceilings", lambda run: run.facts.update(rates))
     assert benchmark_module.main(["--rounds", "1", "--output", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*_cpu.json")
     rows = json.loads(file.read_text())["rows"]
@@ -243,8 +243,8 @@ def test_operations_bytes_and_floors_by_hand(run):
     product, fold = 2 * 70 * 48**2, 2 * 48**3
     assert (cost["forward"].flops, cost["backward"].flops) == (product + fold, 2 * product + fold)
     assert cost["forward"].moved_bytes == 4 * (2 * 70 * 48 + 48**2)
-    assert CEILINGS.floor_ms(1e12, 1e6) == pytest.approx(10.0)
-    assert CEILINGS.floor_ms(1e9, 1e9) == pytest.approx(1.0)
+    assert run.floor_ms(1e12, 1e6) == pytest.approx(1000.0)  # at 1 TFLOP/s and 100 GB/s
+    assert run.floor_ms(1e9, 1e9) == pytest.approx(10.0)
 
 
 def test_a_failing_or_wrong_peer_has_rows_with_the_reason_until_the_gpu_fails(run, monkeypatch):
