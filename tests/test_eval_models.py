@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.transforms.functional import pil_to_tensor
 
 import crate_fast
 from crate_fast import pretrained
@@ -24,7 +25,7 @@ from crate_fast.eval.white_box import main as white_box
 from crate_fast.train import share
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.shape_scenes import CLASSES
-from crate_fast.train.data.transforms import Normalize, eval_transform, pixels
+from crate_fast.train.data.transforms import Normalize, eval_transform
 from crate_fast.train.runs import build_model, load_model
 
 SMALL = ["depth=2", "dim=32", "heads=2", "img_size=32"]
@@ -256,7 +257,7 @@ def test_timm_prepares_images_for_the_folder_as_our_evaluation_does(name, tiny_r
     opened = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(opened))
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
-    expected = torch.tensor(pixels(eval_transform(config.image_size)(picture)))
+    expected = pil_to_tensor(eval_transform(config.image_size)(picture))
     torch.testing.assert_close(prepare(picture)[None], Normalize(config.mean)(expected[None]))
 
 

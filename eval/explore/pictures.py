@@ -18,7 +18,15 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.images import SceneImages, free_photographs, squash
-from crate_fast.train.data.image_files import EXTENSIONS, FORMATS, UNREADABLE, find_images, open_image, to_rgb
+from crate_fast.train.data.image_files import (
+    EXTENSIONS,
+    FORMATS,
+    UNREADABLE,
+    as_text,
+    find_images,
+    open_image,
+    to_rgb,
+)
 
 MAX_UPLOAD_BYTES = 20 * 2**20
 _MAX_PIXELS = 50_000_000
@@ -100,7 +108,7 @@ class Pictures:
         if not found:
             note = f"; {tree.note}" if tree.note else ""
             raise UserError(f"--images {folder} holds no images ({', '.join(EXTENSIONS)}{note}); pass another")
-        names = [_printable(str(path.resolve().relative_to(self._root))) for path in found]
+        names = [as_text(str(path.resolve().relative_to(self._root))) for path in found]
         self._known = {f"f{number}": entry for number, entry in enumerate(zip(names, found, strict=True))}
         if len(paths) > len(found) == _MAX_LISTED:
             self.note = f"The first {_MAX_LISTED} of {len(paths):,} images in the folder."
@@ -131,7 +139,7 @@ class Pictures:
                 raise UserError(f"{place.name} is no longer in the folder: restart the explorer")
             if place.stat().st_size > MAX_UPLOAD_BYTES:
                 raise UserError(f"{place.name} has more than 20 MiB: make it smaller")
-            return decode(place.read_bytes(), _printable(place.name))
+            return decode(place.read_bytes(), as_text(place.name))
         upload = self._uploads.get(key)
         if upload is None:
             raise UserError("this picture is not in memory: choose another, or upload it again")
@@ -142,8 +150,3 @@ class Pictures:
         """Return a picture as model input, uint8 [3, size, size]: scenes are drawn at this size, others squashed."""
         _, place = self._known.get(key, ("", None))
         return SceneImages(size, _SCENES)[place].image if isinstance(place, int) else squash(self.view(key), size)
-
-
-def _printable(name: str) -> str:
-    """Replace the parts of a file name that are not valid UTF-8."""
-    return name.encode("utf-8", "replace").decode()

@@ -37,7 +37,7 @@ from crate_fast.train.data.sources import (
     common_classes,
     open_torchvision,
 )
-from crate_fast.train.data.transforms import drawing_from, eval_transform, pixels, train_transform
+from crate_fast.train.data.transforms import drawing_from, eval_transform, train_transform
 
 Key = tuple[int, int] | tuple[int, int, int]
 Transform = Callable[[Image.Image], Image.Image]
@@ -90,7 +90,7 @@ class _Split(Dataset):
                 except Unreadable as error:
                     problems.append(str(error))
                     continue
-                images[len(loaded)] = pixels(picture)[..., :: -1 if self.flipped(key) else 1]
+                images[len(loaded)] = np.asarray(picture).transpose(2, 0, 1)[..., :: -1 if self.flipped(key) else 1]
                 labels.append(label)
                 loaded.append(key)
                 break

@@ -113,8 +113,3 @@ def eval_transform(size: int, crop_pct: float = 1.0, interpolation: str = "bicub
     """Return the evaluation transform: resize the shorter side to `size` / `crop_pct`, crop the central square."""
     resize = transforms.Resize(int(size / crop_pct), transforms.InterpolationMode(interpolation))
     return transforms.Compose([resize, transforms.CenterCrop(size)])
-
-
-def pixels(picture: Image.Image) -> np.ndarray:
-    """Return an RGB picture as uint8 [3, H, W], not contiguous: channels are innermost in memory."""
-    return np.asarray(picture).transpose(2, 0, 1)
