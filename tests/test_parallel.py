@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from image_data import write_tree
-from runs import TINY, back_to, entries, losses, run, same, weights
+from runs import ALONE, TINY, back_to, entries, losses, run, same, weights
 
 from crate_fast.train import distributed, pretrain
 from crate_fast.train.data.loader import files_checksum
@@ -129,6 +129,16 @@ def test_only_the_control_group_waits_longer_than_half_an_hour(monkeypatch):
     with process_group("cuda") as processes:
         assert processes.control == "control"
     assert groups == [("nccl", None, timedelta(minutes=30)), ("gloo", timedelta(hours=2))]
+
+
+def test_the_unsharded_model_is_in_evaluation_mode(monkeypatch):
+    """Else the logged sparsity would be that of a model with dropout."""
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(distributed, "is_sharded", lambda _: True)
+    monkeypatch.setattr(distributed, "get_state_dict", lambda *_, **__: (model.state_dict(), {}))
+    whole = distributed.unsharded(model, lambda: torch.nn.Linear(2, 2), ALONE)
+    assert not whole.training
+    assert torch.equal(whole.weight, model.weight)
 
 
 def test_after_an_error_a_process_does_not_wait_for_the_others(monkeypatch):
