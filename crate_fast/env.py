@@ -116,20 +116,24 @@ def _commit() -> str:
         return f"unknown ({error})"
 
 
-def provenance() -> dict[str, str]:
-    """Return commit, versions, processor or GPU, command line and time, as strings."""
+def provenance(device: str = "auto") -> dict[str, str]:
+    """Return commit, versions, processor or GPU, command line and time, as strings.
+
+    `device` is the one that computes: "cpu", "cuda:N", or "auto" for a GPU if there is one.
+    """
     import torch
 
     from crate_fast.cpu_ops import processor_name
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if on_gpu else processor_name()
     return {
         "commit": _commit(),
         "crate_fast": crate_fast.__version__,
         "torch": torch.__version__,
         "timm": version_of("timm"),
         "python": platform.python_version(),
-        "device": f"{device}, {torch.get_num_threads()} threads",
+        "device": f"{name}, {torch.get_num_threads()} threads",
         "command": shlex.join(sys.argv),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -10,6 +10,7 @@ import torch
 from image_data import encoded, write_tree, write_voc
 from PIL import Image
 
+from crate_fast.env import provenance
 from crate_fast.eval import coarse_segmentation, localization
 from crate_fast.eval.common.boxes import BoxedImages
 from crate_fast.eval.common.images import open_images
@@ -123,6 +124,10 @@ def test_the_command_writes_scores_tables_and_figures(tmp_path, capsys, drawn):
     assert (results["A"]["topk"]["images"], results["A"]["topk"]["without_objects"]) == (2, 1)
     assert content["config"]["models"][0]["image_size"] == [32, 32]
     assert {"commit", "torch", "command"} <= content["provenance"].keys()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+        assert [provenance(device)["device"].split(",")[0] == "a GPU" for device in ("auto", "cpu")] == [True, False]
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| A | mIoU topk | 0 * |" in table
     assert "| B | attention AP | 1 |" in table

@@ -203,7 +203,7 @@ def test_data_without_classes_are_an_error(tmp_path, names, message):
             open_source(config_of(tmp_path, kind), train=True)
 
 
-def test_files_of_other_formats_and_a_single_class_are_reported(tmp_path, capsys):
+def test_files_of_other_formats_and_a_single_class_are_reported_once(tmp_path, capsys, monkeypatch):
     names = [f"train/ant/a{extension}" for extension in EXTENSIONS]
     write_tree(tmp_path, dict.fromkeys([*names, "train/ant/b.heic", "train/ant/c.AVIF", "train/ant/d.txt"], b""))
     assert len(open_source(config_of(tmp_path), train=True)) == len(EXTENSIONS)
@@ -212,6 +212,9 @@ def test_files_of_other_formats_and_a_single_class_are_reported(tmp_path, capsys
     write_tree(tmp_path / "deep", {"train/train/ant/x.png": b"", "train/train/bee/x.png": b""})
     assert open_source(config_of(tmp_path / "deep"), train=True).classes == ("train",)
     assert "all images have one class, 'train'" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of the processes of a host, only the first prints
+    open_source(config_of(tmp_path), train=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_archives_in_an_archive_are_read(tmp_path):

@@ -367,7 +367,9 @@ class RunFolder:
         """
         problem: Exception | None = None
         if self.processes.first:
-            facts = {"epoch": epoch, "config": vars(self.config), "data": self.data_facts} | provenance()
+            facts = {"epoch": epoch, "config": vars(self.config), "data": self.data_facts} | provenance(
+                self.config.device
+            )
             try:
                 bad = poisoned(weights) + poisoned(ema or {})
                 if bad:

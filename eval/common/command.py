@@ -108,7 +108,7 @@ class Evaluation:
             "config": settings,
             "results": results,
             "unreadable": {"count": len(self.problems), "images": self.problems},
-            "provenance": provenance(),
+            "provenance": provenance(self.options.device),
         }
         path = self.folder / "results.json"
         write_text(path, as_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)) + "\n")

@@ -7,6 +7,7 @@ The class of an image is the first folder below its split, in the order of torch
 
 import os
 import struct
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,13 @@ def describe(image: str, error: Exception) -> str:
 def as_text(name: str) -> str:
     """Return a file's name with escapes for bytes that are not UTF-8, which can be neither written nor drawn."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def print_once(remarks: Iterable[str]) -> None:
+    """Print remarks on the data to stderr; of the processes of a host, only the first does."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for remark in remarks:
+            print(remark, file=sys.stderr)
 
 
 # --- finding files

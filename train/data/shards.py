@@ -25,10 +25,17 @@ from typing import BinaryIO
 import numpy as np
 
 from crate_fast.errors import UserError
-from crate_fast.train.data.image_files import EXTENSIONS, ImageTree, is_hidden, is_image, looks_like_image
+from crate_fast.train.data.image_files import (
+    EXTENSIONS,
+    ImageTree,
+    is_hidden,
+    is_image,
+    looks_like_image,
+    print_once,
+)
 from crate_fast.train.data.sources import MOST_CLASSES, Source
 
-_VERSION = 6  # of the cached index; increase it when EXTENSIONS or the list of members changes
+_VERSION = 7  # of the cached index; increase it when EXTENSIONS or the list of members changes
 _FIRST_DOT = "WebDataset ends a sample's name at its first dot: use names without other dots, such as a_1.jpg"
 _PADDING = 16 * 2**20  # largest padding of an archive in bytes; tar writes up to 10 KiB of zeros
 _HEADER = 512  # bytes of a tar header; the last header of a member directly precedes its data
@@ -149,8 +156,7 @@ class ArchiveSource(Source):
             first, reason = self.paths[0], f": {remarks[0]}" if remarks else ""
             raise UserError(f"{first.parent}: the {len(self.paths)} shards from {first.name} hold no images{reason}")
         self.n_labels = int(self.items[:, 3].max()) + 1
-        for remark in remarks:
-            print(remark, file=sys.stderr)
+        print_once(remarks)
 
     @abstractmethod
     def _scan(self) -> tuple[list[tuple[int, int, int, int]], list[str], Sequence[str]]:

@@ -5,7 +5,6 @@ A `Source` returns image and label by index. The loader alone decides the order,
 
 import io
 import os
-import sys
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Sized
@@ -19,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
 
 from crate_fast.errors import UserError, require
-from crate_fast.train.data.image_files import Unreadable, describe, find_images, read_image, to_rgb
+from crate_fast.train.data.image_files import Unreadable, describe, find_images, print_once, read_image, to_rgb
 
 MOST_CLASSES = 10_000_000  # larger labels are errors in the data: their classifier would not fit in memory
 TORCHVISION = {  # name → (class, argument that names the split, its value for training, for validation)
@@ -73,8 +72,7 @@ class FolderSource(Source):
         self.classes, self.labels = tree.labelled(str(root))
         # one array: of separate strings, reference counts would copy all into every worker, 1 GB for ImageNet-21k
         self.items, self.n_labels = np.array([os.fsencode(name) for name in tree.names]), len(self.classes)
-        for remark in tree.remarks():
-            print(f"{root}: {remark}", file=sys.stderr)
+        print_once(f"{root}: {remark}" for remark in tree.remarks())
 
     def name(self, index: int) -> str:
         return str(self._path(index))
