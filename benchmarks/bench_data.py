@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from harness import interleaved, write_results
+from harness import RESULTS, interleaved, write_results
 
 import torch
 from gpu_report import markdown_table
@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of JPEGs to use instead of drawn ones")
     parser.add_argument("--smoke", action="store_true", help="small and short; writes nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of data.{json,md}; default %(default)s")
     options = parser.parse_args(argv)
     count, rounds, batch = (8, 1, 8) if options.smoke else (256, 10, 32)
     torch.set_num_threads(1)
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     table += f"\n{len(jpegs)} JPEGs of {sum(map(len, jpegs)) / len(jpegs) / 1000:.0f} KB; one thread, page cache.\n"
     print(table)
     if not options.smoke:
-        write_results("data", rows, table, more={"pil": Image.__version__})
+        write_results("data", rows, table, options.output, {"pil": Image.__version__})
     return 0
 
 

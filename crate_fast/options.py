@@ -313,7 +313,8 @@ def _share() -> argparse.ArgumentParser:
     add("--image-size", type=positive, help="interpolate the positions to this image size; default no")
     add("--license", default="other", help="license of the weights, by its name on the Hub; default other")
     add("--half", action="store_true", help="write the weights in half precision")
-    add("--push", metavar="USER/NAME", help="upload the folder to the Hugging Face Hub")
+    add("--push", metavar="USER/NAME", help="upload the folder to the Hugging Face Hub, for everyone to read")
+    add("--private", action="store_true", help="with --push: for you only")
     return parser
 
 
@@ -324,7 +325,7 @@ def _emergence() -> argparse.ArgumentParser:
     )
     parser = _parser("reproduce emergence", text)
     add = parser.add_argument
-    sizes = "smoke: minutes; small: more than a day on two CPU cores; full: a GPU"
+    sizes = "smoke: 16 epochs of DIR by tiny models; small: more than a day on two CPU cores; full: a GPU"
     add("--size", choices=("smoke", "small", "full"), required=True, help=sizes)
     add("--data", metavar="DIR", help="folder of photographs with train and val; not needed with --report-only")
     add("--boxes", type=Path, help="boxes of DIR/val: COCO's JSON or a folder of XML; default DIR/val_boxes.json")

@@ -45,7 +45,7 @@ def _command(options: argparse.Namespace) -> None:
     facts: list[dict] = []
     left_out: dict[int, str] = {}
     results: dict[int, dict[str, float]] = {}
-    for step in [0, *chosen]:
+    for step in chosen if untrained.config.init else [0, *chosen]:  # a run with `init` did not start untrained
         try:
             loaded = open_model(f"{run}@{step}", **opening) if step else untrained
         except CheckpointError as error:  # a damaged checkpoint does not stop the others

@@ -29,9 +29,10 @@ def explorer_with(*models: str, folder: Path | None = None, **opening) -> Explor
 
 
 @contextmanager
-def served(explorer: Explorer, hosts=("127.0.0.1", "localhost")) -> Iterator[str]:
+def served(explorer: Explorer, hosts=("127.0.0.1", "localhost"), addresses=False) -> Iterator[str]:
     """Serve the explorer inside the block, and yield its address."""
-    server = uvicorn.Server(uvicorn.Config(application(explorer, hosts), port=0, log_level="warning"))
+    app = application(explorer, hosts, addresses)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import crate_fast
 from crate_fast import pretrained
 from crate_fast.errors import UserError
+from crate_fast.eval.common import models as models_module
 from crate_fast.eval.common.images import SceneImages, batches, open_images
 from crate_fast.eval.common.models import open_model
 from crate_fast.eval.common.segmentation import attention_to_mask, average_precision, intersection_over_union
@@ -32,7 +33,7 @@ SMALL = ["depth=2", "dim=32", "heads=2", "img_size=32"]
 NAME = "crate_tiny_patch8_224"
 
 
-def test_a_run_is_opened_at_its_best_step_a_given_step_or_untrained(tiny_run):
+def test_a_run_is_opened_at_its_best_step_a_given_step_or_untrained(tiny_run, monkeypatch):
     best, at_four, again, at_eight = (open_model(f"{tiny_run}{which}") for which in ("", "@4", "@4", "@8"))
     assert (best.label, best.config.image_size) == ("tiny", 32)
     twins = [open_model(f"{tiny_run}@untrained", seed=seed) for seed in (0, 0, 1)]
@@ -40,6 +41,8 @@ def test_a_run_is_opened_at_its_best_step_a_given_step_or_untrained(tiny_run):
         hashes = [loaded.facts["weights_sha256"] for loaded in models]
         assert hashes[0] == hashes[1] != hashes[2]
     assert twins[0].facts["parameters"] == best.facts["parameters"]
+    monkeypatch.setattr(models_module, "run_config", lambda _: replace(best.config, seed=1))
+    assert open_model(f"{tiny_run}@untrained").facts["weights_sha256"] == twins[2].facts["weights_sha256"]
 
 
 def test_folders_and_files_may_have_an_at_in_their_names(tiny_run, tmp_path):
@@ -283,10 +286,12 @@ def test_runs_that_cannot_be_shared_are_errors(shared, tiny_run, tmp_path, refus
 
 def test_a_failed_upload_gives_the_command_that_uploads_the_folder(tiny_run, tmp_path, monkeypatch, refuses):
     def fail(*arguments, **options):
-        raise Exception("no network")  # no OSError in huggingface_hub 2
+        raise Exception(f"no network, private={options['private']}")  # no OSError in huggingface_hub 2
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
     folder = tmp_path / "model"
-    words = [str(tiny_run), str(folder), "--push", "USER/NAME"]
-    refuses(f"no network.*hf upload USER/NAME {folder}", share.main, words)
+    refuses("--private has no effect without --push", share.main, [str(tiny_run), str(folder), "--private"])
+    words = [str(tiny_run), str(folder), "--push", "alice/crate", "--private"]
+    refuses(f"no network, private=True.*hf upload alice/crate {folder}", share.main, words)
     assert (folder / "model.safetensors").is_file()
+    assert 'create_model("hf-hub:alice/crate"' in (folder / "README.md").read_text()

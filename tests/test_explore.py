@@ -202,8 +202,12 @@ def test_other_sites_and_other_names_are_refused(address):
         assert httpx.post(f"{address}/api/pictures", content=picture_file(), headers=headers).status_code == 403
     answer = httpx.get(setup, headers={"Origin": address})
     assert answer.status_code == 200
-    with served(explorer_with(*SHIPPED), hosts=("PC.lan",)) as named:  # browsers send it in lower case
-        assert httpx.get(f"{named}/api/setup", headers={"Host": "pc.lan:7470"}).status_code == 200
+    hosts = {"pc.lan:7470": 200, "evil.example": 403, "10.0.0.7:7470": 200, "[::1]:7470": 200}
+    with served(
+        explorer_with(*SHIPPED), hosts=("PC.lan",), addresses=True
+    ) as named:  # browsers send it in lower case
+        for host, status in hosts.items():
+            assert httpx.get(f"{named}/api/setup", headers={"Host": host}).status_code == status
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert answer.headers["x-content-type-options"] == "nosniff"
 
@@ -225,12 +229,30 @@ def test_a_wrong_request_is_answered_with_the_reason(address, path, parameters, 
     assert reason in answer.json()["error"]
 
 
+def test_a_page_of_a_former_server_is_refused(address):
+    session = httpx.get(f"{address}/api/setup").json()["session"]
+    for given, status in ((session, 200), ("another", 400)):
+        answer = httpx.get(f"{address}/api/summary", params={"model": 0, "picture": "f0", "session": given})
+        assert answer.status_code == status
+    assert "the explorer was restarted: reload the page" in answer.json()["error"]
+
+
+def test_an_edited_picture_is_inspected_again(tmp_path):
+    file = tmp_path / "0.png"
+    file.write_bytes(picture_file(0))
+    explorer = explorer_with("shipped:CRATE", folder=tmp_path)
+    before = explorer.inspection(0, "f0")
+    assert explorer.inspection(0, "f0") is before
+    file.write_bytes(picture_file(1, size=(64, 64)))
+    assert explorer.inspection(0, "f0").summary["top"] != before.summary["top"]
+
+
 def test_caches_are_bounded():
     explorer = explorer_with(*SHIPPED)
     explorer.inspections.limit = 2
     for number in range(5):
         explorer.inspection(0, f"s{number}")
-    assert list(explorer.inspections.values) == [(0, "s3"), (0, "s4")]
+    assert list(explorer.inspections.values) == [(0, "s3", None), (0, "s4", None)]
     files = [picture_file(number) for number in range(3)]
     explorer.pictures._uploads.limit = 2
     keys = [explorer.pictures.add(data, "a.png") for data in files]

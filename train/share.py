@@ -29,12 +29,12 @@ from crate_fast.train.runs import load_model, model_arguments
 _MACHINE_SETTINGS = ("data_dir", "init", "device", "threads", "workers", "download")
 
 
-def _card(name: str, facts: dict, results: list[str], config: TrainConfig, license_name: str) -> str:
+def _card(name: str, where: str, facts: dict, results: list[str], config: TrainConfig, license_name: str) -> str:
     changed = {key: value for key, value in vars(config).items() if value != getattr(TrainConfig, key)}
     settings = {key: value for key, value in changed.items() if key not in _MACHINE_SETTINGS}
     command = "finetune --init WEIGHTS" if config.init else "pretrain"
     head = {"library_name": "timm", "license": license_name, "tags": ["image-classification", "timm", "crate"]}
-    usage = 'import crate_fast, timm\n\nmodel = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()'
+    usage = f'import crate_fast, timm\n\nmodel = timm.create_model("hf-hub:{where}", pretrained=True).eval()'
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {name}",
         "Trained with crate_fast, the library of white-box vision transformers (CRATE).\n\n## Model",
@@ -71,6 +71,7 @@ def write_model_folder(
     half: bool = False,
     description: str | None = None,
     image_size: int | None = None,
+    push: str | None = None,
 ) -> None:
     """Write a run's best model with its card to `folder`; the arguments are the options of `crate-fast share`.
 
@@ -113,11 +114,20 @@ def write_model_folder(
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_for_hf(model.half() if half else model, folder, model_args=arguments, safe_serialization=True)
-    checkpoint.write_text(folder / "README.md", _card(run.name, facts, results, config, license_name))
+    checkpoint.write_text(
+        folder / "README.md", _card(run.name, push or "USER/NAME", facts, results, config, license_name)
+    )
 
 
 def _command(options: argparse.Namespace) -> None:
-    look = {"half": options.half, "description": options.description, "image_size": options.image_size}
+    if options.private and not options.push:
+        raise UserError("--private has no effect without --push: leave it out, or add that")
+    look = {
+        "push": options.push,
+        "half": options.half,
+        "description": options.description,
+        "image_size": options.image_size,
+    }
     write_model_folder(options.run, options.folder, options.license, **look)
     print("written:", *sorted(options.folder.iterdir()), sep="\n  ")
     if options.push:
@@ -125,7 +135,7 @@ def _command(options: argparse.Namespace) -> None:
 
         try:
             api = HfApi()
-            api.create_repo(options.push, exist_ok=True)
+            api.create_repo(options.push, private=options.private or None, exist_ok=True)
             print(api.upload_folder(repo_id=options.push, folder_path=options.folder))
         except Exception as error:  # its type depends on the HTTP library of huggingface_hub
             reason = " ".join(str(error).split())[:200]

@@ -2,7 +2,7 @@
 
     runs/NAME            a run's best checkpoint        crate_small_patch8_224@weights.pth    a file, loaded strictly
     runs/NAME@12000      its checkpoint at a step       vit_small_patch8_224.dino@pretrained  weights from timm
-    runs/NAME@untrained  its model before training      vit_small_patch8_224@untrained        weights from --seed
+    runs/NAME@untrained  its random initial weights     vit_small_patch8_224@untrained        weights from --seed
     shipped:photographs  a small model of the package   shipped:photographs-ViT, shipped:CRATE, shipped:ViT@untrained
     SHARED               a folder of `crate-fast share`, or hf-hub:USER/NAME; SHARED@untrained
 
@@ -131,7 +131,7 @@ def _from_run(folder: Path, version: str, seed: int) -> tuple[nn.Module, TrainCo
         model, config, step = load_model(folder, int(version) if version else None)
     classes = checkpoint.manifest(folder / "checkpoints", step)["data"]["classes"]
     if version == "untrained":
-        model = _seeded(lambda: build_model(config, len(classes)), seed)
+        model = _seeded(lambda: build_model(config, len(classes)), config.seed + seed)
     return model, config, classes
 
 
@@ -196,7 +196,7 @@ def open_model(
     Args:
         image_size: Height and width of the input, in pixels; the model's own when None.
         model_args: `KEY=VALUE` arguments of `registry.create_model`; ignored for runs and shared models.
-        seed: Seed of untrained weights.
+        seed: Seed of untrained weights; of a run's, added to its own seed.
 
     Raises:
         UserError: The run, checkpoint or file is missing, or the name or the image size does not fit.

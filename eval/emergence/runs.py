@@ -325,7 +325,7 @@ def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | Non
 
 def _open(job: Job, step: int, image_size: int | None = None) -> LoadedModel:
     source = f"{job.run.model}={job.folders.training(job.run)}@{step or 'untrained'}"
-    return open_model(source, job.settings["device"], image_size or job.protocol.image_size, seed=job.run.seed)
+    return open_model(source, job.settings["device"], image_size or job.protocol.image_size)
 
 
 def _save_pictures(job: Job, shown: dict[str, np.ndarray]) -> None:

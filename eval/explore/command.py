@@ -89,14 +89,16 @@ def _listen(host: str, port: int | None) -> socket.socket:
 def _serve(options: argparse.Namespace) -> None:
     explorer = open_explorer(options)
     listener = _listen(options.host, options.port)
-    address = f"http://{options.host}:{listener.getsockname()[1]}"
+    everywhere = options.host in ("0.0.0.0", "::")
+    name = socket.gethostname() if everywhere else options.host
+    address = f"http://{name}:{listener.getsockname()[1]}"
     print(f"{address} (stop with Ctrl-C)", flush=True)
     if options.host not in _LOOPBACK:
         print(f"--host {options.host}: everyone who can reach this computer can use the page", file=sys.stderr)
     elif not options.no_browser:
         threading.Timer(1.0, webbrowser.open, [address]).start()
-    hosts = None if options.host == "0.0.0.0" else (options.host, *_LOOPBACK)
-    server = uvicorn.Server(uvicorn.Config(application(explorer, hosts), log_level="warning"))
+    app = application(explorer, (name, *_LOOPBACK), addresses=everywhere)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
         server.run(sockets=[listener])
 

@@ -1,6 +1,7 @@
 """Models of the explorer, opened on demand, and their results on a picture as plain JSON values."""
 
 import threading
+import uuid
 from typing import NamedTuple
 
 import matplotlib
@@ -138,14 +139,16 @@ class Explorer:
 
     def __init__(self, choices: list[ModelChoice], note: str, pictures: Pictures, **opening):
         self.choices, self.note, self.pictures, self.opening = choices, note, pictures, opening
+        self.session = uuid.uuid4().hex
         self.models = LRUCache(_OPEN_MODELS)
         self.inspections = LRUCache(_INSPECTIONS)
         self._opening = threading.Lock()  # one at a time: initial weights come from the global random generator
 
     def setup(self) -> dict:
-        """Return the initial data of the page: models, pictures, notes, colour map, largest upload in bytes."""
+        """Return the page's initial data: session, models, pictures, notes, colour map, largest upload in bytes."""
         colours = (255 * matplotlib.colormaps["viridis"](range(256))[:, :3]).round().astype(int)  # even in lightness
         return {
+            "session": self.session,
             "models": [{"label": m.label, "group": m.group, "untrained": m.untrained} for m in self.choices],
             "model_note": self.note,
             "pictures": self.pictures.listing(),
@@ -170,7 +173,7 @@ class Explorer:
 
     def inspection(self, model: int, picture: str) -> Inspection:
         """Return the inspection of a picture (an id) by a model (a number)."""
-        key = (model, picture)
+        key = (model, picture, self.pictures.version(picture))
         found = self.inspections.get(key)  # without waiting for a busy model
         if found is None:
             opened = self.model(model)

@@ -107,6 +107,7 @@ class Pictures:
         found = [*itertools.islice(filter(self._inside, paths), _MAX_LISTED)]
         if not found:
             note = f"; {tree.note}" if tree.note else ""
+            note += "; links that lead out of the folder are left out" if paths else ""
             raise UserError(f"--images {folder} holds no images ({', '.join(EXTENSIONS)}{note}); pass another")
         names = [as_text(str(path.resolve().relative_to(self._root))) for path in found]
         self._known = {f"f{number}": entry for number, entry in enumerate(zip(names, found, strict=True))}
@@ -128,6 +129,12 @@ class Pictures:
         key = "u" + hashlib.sha256(data).hexdigest()
         self._uploads.put(key, (name, data))
         return key
+
+    def version(self, key: str) -> tuple[int, int] | None:
+        """Return the time and size of a picture's file, which change when it is edited; None for other pictures."""
+        place = self._known.get(key, ("", None))[1]
+        found = place.stat() if isinstance(place, Path) and place.exists() else None
+        return None if found is None else (found.st_mtime_ns, found.st_size)
 
     def view(self, key: str) -> Image.Image:
         """Return a picture with its original aspect ratio."""

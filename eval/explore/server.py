@@ -13,6 +13,7 @@ A user's error returns {"error": message} with status 400. A bug returns status 
 """
 
 import io
+import ipaddress
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -84,16 +85,26 @@ def _jpeg(pictures: Pictures, request: Request) -> Response:
     return Response(out.getvalue(), media_type="image/jpeg")
 
 
-def application(explorer: Explorer, hosts: Sequence[str] | None = None) -> Starlette:
-    """Build the ASGI application. Requests may use the host names `hosts`; None allows all."""
-    names = None if hosts is None else [host.lower() for host in hosts]
-    pictures = explorer.pictures
+def _is_address(name: str | None) -> bool:
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+def application(explorer: Explorer, hosts: Sequence[str], addresses: bool = False) -> Starlette:
+    """Build the ASGI application. Requests may use the host names `hosts`, and with `addresses` any IP address."""
+    names, pictures = [host.lower() for host in hosts], explorer.pictures
 
     async def guard(request: Request, answer: RequestResponseEndpoint) -> Response:
-        """Add the headers; reject pages of other sites and unknown host names (DNS rebinding)."""
+        """Add the headers; reject pages of other sites, unknown host names (DNS rebinding) and former servers."""
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        if names is not None and _host_name(host) not in names:
-            response = _error(403, f"{host!r} is not a host name of this explorer: use the address that it printed")
+        name, session = _host_name(host), request.query_params.get("session", explorer.session)
+        if name not in names and not (addresses and _is_address(name)):
+            remedy = "use the address that it printed, or a tunnel (ssh -L)"
+            response = _error(403, f"{host!r} is not a host name of this explorer: {remedy}")
+        elif session != explorer.session:
+            response = _error(400, "the explorer was restarted: reload the page")
         elif origin is not None and origin.partition("://")[2] != host:
             response = _error(403, f"a page of {origin} may not use this explorer: open the explorer's own page")
         else:

@@ -4,9 +4,11 @@ export function pictureAddress(id, size) {
   return `/api/picture?${new URLSearchParams({ picture: id, size })}`;
 }
 
+let session = null; // of the server: one that was restarted may have other models and pictures under the same numbers
+
 // Return an answer of the server: JSON, or a picture as a Blob.
 export async function ask(path, parameters = {}, options = {}) {
-  const given = Object.entries(parameters).filter(([, value]) => value !== null);
+  const given = Object.entries({ ...parameters, session }).filter(([, value]) => value !== null);
   let answer;
   try {
     const response = await fetch(`/api/${path}?${new URLSearchParams(given)}`, options);
@@ -19,6 +21,7 @@ export async function ask(path, parameters = {}, options = {}) {
     throw new Error("The explorer does not answer: is `crate-fast explore` still running?");
   }
   if (answer.error) throw new Error(answer.error);
+  session ??= answer.session ?? null;
   return answer;
 }
 

@@ -74,7 +74,8 @@ const attention = {
     !view.summary.has_cls && view.patch === null && "This model has no CLS token: click a patch of the picture.",
   caption: (view) =>
     `Attention of ${queryName(view, view.attention.patch)}, softmax over patches, in layer ${view.attention.layer}` +
-    (view.attention.layer === view.summary.layer ? ", the layer used in the paper." : "."),
+    (view.attention.layer === view.summary.layer ? ", the default layer." : ".") +
+    " Each map has its own colour scale, from its least to its largest value.",
   about: (view) => `layer${view.attention.layer}_${queryName(view, view.attention.patch)}`,
   draw(view, canvas, colours, width) {
     const { heads, patch } = view.attention;
