@@ -320,8 +320,8 @@ def fold_dictionary(dictionary: Tensor, step_size: float = 0.1, dtype: torch.dty
         return step_size * (dictionary - dictionary.t().to(dtype) @ dictionary.to(dtype))
 
 
-# `folds` maps D to {(η, dtype, fold function, stream): (its fingerprint, G)}. All threads share it: autograd
-# recomputes checkpointed layers in its own threads.
+# `folds` maps D to {(dtype, fold function, stream): (fingerprint of D and η, G, D's storage)}. The storage is kept
+# so that no other tensor gets its address. All threads share it: autograd recomputes checkpointed layers in its own.
 _cache = SimpleNamespace(lock=threading.RLock(), scopes=0, hook=None, folds=WeakIdKeyDictionary())
 
 
@@ -401,14 +401,14 @@ def fold_dictionary_once(
         with torch.no_grad():
             return fold(dictionary, step_size, dtype)
     stream = torch.cuda.current_stream(dictionary.device).cuda_stream if dictionary.is_cuda else None
-    key, fingerprint = (step_size, dtype, fold, stream), _fingerprint(dictionary)
+    key, fingerprint = (dtype, fold, stream), (step_size, _fingerprint(dictionary))
     with _cache.lock:
         folds = _cache.folds.setdefault(dictionary, {})
-        known, folded = folds.get(key, (None, None))
+        known, folded, _ = folds.get(key, (None, None, None))
         if known != fingerprint:
             with torch.inference_mode(False), torch.no_grad():  # usable in a training step too
                 folded = fold(dictionary, step_size, dtype)
                 if fold is _fold and dictionary.is_cpu:
                     folded = folded.t().contiguous().t()  # oneDNN's layout of weights
-            folds[key] = fingerprint, folded
+            folds[key] = fingerprint, folded, dictionary.untyped_storage()
     return folded

@@ -116,7 +116,7 @@ class _Attention(nn.Module):
     ):
         super().__init__()
         self.heads, self.dropout_p, self.backend = heads, float(dropout), backend
-        self.scale = dim_head**-0.5
+        self.dim_head, self.scale = dim_head, dim_head**-0.5
         inner, place = heads * dim_head, {"device": device, "dtype": dtype}
         self.qkv = Linear(dim, self._PROJECTIONS * inner, bias=self._PROJECTIONS > 1, **place)
         if heads == 1 and inner == dim:  # the released code has neither projection nor dropout here
@@ -142,14 +142,16 @@ class MSSA(_Attention):
 
     def fuses(self, x: Tensor) -> bool:
         """Return True if `compress` can use the kernels for x: no active dropout, and no hook on a submodule."""
-        if type(self.qkv) is not Linear or not isinstance(self.to_out, nn.Sequential) or len(self.to_out) != 2:
+        if type(self.qkv) is not Linear or self.qkv.bias is not None:
             return False  # a replacement need not have a weight or a width
+        if type(self.to_out) is not nn.Sequential or len(self.to_out) != 2:
+            return False
         output, dropout = self.to_out
         if type(output) is not Linear or type(dropout) is not nn.Dropout:
             return False
-        if resolve_backend(x, self.backend, self.qkv.out_features // self.heads) != "triton":
+        if resolve_backend(x, self.backend, self.dim_head) != "triton":
             return False
-        if self.training and (self.dropout_p > 0 or dropout.p > 0):
+        if (self.training and self.dropout_p > 0) or (dropout.training and dropout.p > 0):  # the latter also alone
             return False
         return not any(map(_observed, (self.qkv, self.to_out, output, dropout)))
 
@@ -161,11 +163,12 @@ class MSSA(_Attention):
             output, bias = -output, -bias
         weights = norm.weight, norm.bias, self.qkv.weight, output, bias
         options = {"eps": norm.eps, "residual": residual, "backend": self.backend}
-        return functional.compress(x, *weights, self.heads, self.scale, **options)
+        heads = len(self.qkv.weight) // self.dim_head  # fewer than `self.heads` if some were removed
+        return functional.compress(x, *weights, heads, self.scale, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return MSSA(x) [B, N, C] of normalised x [B, N, C]."""
-        w = self.qkv(x).unflatten(-1, (self.heads, -1))
+        w = self.qkv(x).unflatten(-1, (-1, self.dim_head))
         dropout_p = self.dropout_p if self.training else 0.0
         return self.to_out(attend(w, self.scale, dropout_p, self.backend).flatten(-2))
 
@@ -181,7 +184,7 @@ class MHSA(_Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return MHSA(x) [B, N, C] of normalised x [B, N, C]."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = self.qkv(x).unflatten(-1, (3, -1, self.dim_head)).permute(2, 0, 3, 1, 4).unbind(0)
         dropout_p = self.dropout_p if self.training else 0.0
         out = functional.pytorch_attention(query, key, value, dropout_p, self.scale)
         return self.to_out(out.transpose(1, 2).flatten(-2))
@@ -301,6 +304,10 @@ class Dictionary(nn.Module):
     def __init__(self, dim: int, *, device=None, dtype=None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the dictionary."""
         nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -326,11 +333,16 @@ def _observed(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module) or _has_any_global_hook()
 
 
+_FORWARDS = {kind: kind.forward for kind in (MSSA, ISTA, ODL)}  # a class may get another
+
+
 def _fusible(norm: nn.Module, fn: nn.Module, x: Tensor) -> bool:
     """Return True if a LayerNorm and the module after it can run as one operator; False in `torch.fx` and export."""
     if isinstance(x, torch.fx.Proxy) or being_exported():
         return False
     if type(norm) is not nn.LayerNorm or type(fn) not in (MSSA, ISTA, ODL) or _observed(norm) or _observed(fn):
+        return False
+    if type(fn).forward is not _FORWARDS[type(fn)]:
         return False
     return norm.bias is not None and (type(fn) is not MSSA or fn.fuses(x))
 

@@ -291,6 +291,11 @@ class CRATE(nn.Module):
             for i in range(depth)
         ]
 
+    def reset_parameters(self) -> None:
+        """Draw positions and CLS again, such as after `to_empty` of a model from the meta device."""
+        nn.init.normal_(self.pos_embedding)
+        nn.init.normal_(self.cls_token)
+
     # --- images and positions ---------------------------------------------------------------------------------
 
     @property
@@ -336,7 +341,8 @@ class CRATE(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         # timm's checkpoint_path passes the weights of a file to load_state_dict without a filter
         mine = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        renamed = rename_released(mine)
+        own_names = {"head", "conv1"} & self._modules.keys()  # of a subclass: not the released ones
+        renamed = mine if own_names else rename_released(mine)
         if renamed is not mine:
             for key in mine:
                 del state_dict[prefix + key]
@@ -364,9 +370,10 @@ class CRATE(nn.Module):
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits of tokens [B, N, C], or with `pre_logits` the input of the classifier."""
-        features = self.mlp_head[0](pool_tokens(tokens, self.pool))
-        if self.head_hidden:
-            features = self.mlp_head[1](features)
+        features, last = pool_tokens(tokens, self.pool), len(self.mlp_head) - 1
+        for index, part in enumerate(self.mlp_head):  # a head of the user's own may have more parts
+            if index < last:
+                features = part(features)
         features = self.head_drop(features)
         return features if pre_logits else self.mlp_head[-1](features)
 

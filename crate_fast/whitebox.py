@@ -8,6 +8,7 @@ Hooks on the released module tree record the tensors. They work on fused and unf
 for every image size that the model accepts.
 """
 
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -169,22 +170,32 @@ def visit_layers(
     if not hasattr(model, "transformer"):
         raise UserError(f"{type(model).__name__} cannot be traced: pass a CRATE, or the encoder() of a CRATE-MAE")
     stack = model.transformer.layers
+    chosen = layer_numbers(model, range(len(stack)) if layers is None else layers)
     seen: dict[str, Tensor] = {}
+    visited: list[int] = []
+    thread = threading.get_ident()  # another one may run the model meanwhile
 
     def keep_projected(_module, _inputs, output):
-        seen["projected"] = output
+        if threading.get_ident() == thread:
+            seen["projected"] = output
 
     def keep_input(_module, inputs):
-        seen["after_mssa"] = inputs[0]
+        if threading.get_ident() == thread:
+            seen["after_mssa"] = inputs[0]
 
     def hand_over(index: int):
         def hook(layer, _inputs, output):
+            if threading.get_ident() != thread:
+                return
+            if len(seen) < 2:  # compiled code ran no hooks inside the layer
+                raise _compiled(index)
+            visited.append(index)
             attention, projected = layer[0].fn, seen.pop("projected")
             tied = not isinstance(attention, MHSA)
             if tied:
-                queries = keys = projected.unflatten(-1, (attention.heads, -1))
+                queries = keys = projected.unflatten(-1, (-1, attention.dim_head))
             else:
-                queries, keys, _ = projected.unflatten(-1, (3, attention.heads, -1)).unbind(dim=2)
+                queries, keys, _ = projected.unflatten(-1, (3, -1, attention.dim_head)).unbind(dim=2)
             visit(LayerTrace(index, queries, keys, tied, attention.scale, seen.pop("after_mssa"), output, layer[1]))
 
         return hook
@@ -192,12 +203,21 @@ def visit_layers(
     with ExitStack() as hooks:
         hooks.callback(model.set_grad_checkpointing, model.transformer.grad_checkpointing)
         model.set_grad_checkpointing(False)  # layers would run again in backward, without the hooks
-        for index in layer_numbers(model, range(len(stack)) if layers is None else layers):
+        for index in chosen:
             attention, sparsifier = stack[index]
             hooks.callback(attention.fn.qkv.register_forward_hook(keep_projected).remove)
             hooks.callback(sparsifier.register_forward_pre_hook(keep_input).remove)
             hooks.callback(stack[index].register_forward_hook(hand_over(index)).remove)
-        return model.forward_features(images)
+        tokens = model.forward_features(images)
+    if visited != chosen:
+        raise _compiled(min({*chosen} - {*visited}))
+    return tokens
+
+
+def _compiled(index: int) -> UserError:
+    return UserError(
+        f"layer {index} cannot be traced, perhaps because it is compiled: trace a model whose layers are not"
+    )
 
 
 def trace(model: nn.Module, images: Tensor, layers: Iterable[int] | None = None) -> list[LayerTrace]:
@@ -249,8 +269,8 @@ def layer_measures(
         if layer_trace.tied:
             values.setdefault("coding_rate", []).append(layer_trace.coding_rate(epsilon))
         if layer_trace.tied and after_mssa:
-            w = F.linear(attention.norm(layer_trace.after_mssa), attention.fn.qkv.weight)
-            rate = coding_rate(w.unflatten(-1, (attention.fn.heads, -1)), epsilon)
+            w = attention.fn.qkv(attention.norm(layer_trace.after_mssa))
+            rate = coding_rate(w.unflatten(-1, (-1, attention.fn.dim_head)), epsilon)
             values.setdefault("coding_rate_after_mssa", []).append(rate)
         if isinstance(sparsifier.fn, ISTA | ODL):
             values.setdefault("sparsity", []).append(layer_trace.sparsity())

@@ -1,5 +1,6 @@
 """The kernels inside PyTorch: dispatch, autograd, compile, checkpointing, FSDP2, folded dictionaries, errors."""
 
+import functools
 import gc
 import os
 import threading
@@ -226,12 +227,29 @@ class _Silent(torch.optim.SGD):
 def test_a_dictionary_that_changes_inside_the_scope_is_folded_again(device, monkeypatch):
     x, dictionary = _ista_parameter(device)
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda _: False))  # its values are not read, as on a GPU
-    replaced = lambda: setattr(dictionary, "data", dictionary.data + 1)  # noqa: E731  (as by an EMA)
+    base = dictionary.data.clone()
+
+    def replaced(by: float) -> None:
+        """As by an EMA or a search over weights: the memory of the last replacement is free again."""
+        dictionary.data = base
+        dictionary.data = base + by
+
+    changes = [lambda: None, lambda: dictionary.add_(1), _Silent([dictionary]).step]
+    changes += [functools.partial(replaced, by) for by in (0.1, 0.2, 0.3, 0.4)]
     with cached_dictionaries(), torch.no_grad():
-        for change in (lambda: None, lambda: dictionary.add_(1), replaced, _Silent([dictionary]).step):
+        for change in changes:
             change()
             actual = ista(x, dictionary, backend="triton")
             torch.testing.assert_close(actual, ista_reference(x, dictionary), rtol=1e-4, atol=1e-4)
+
+
+def test_a_dictionary_keeps_one_fold_for_all_step_sizes(device):
+    x, dictionary = _ista_parameter(device)
+    with cached_dictionaries(), torch.no_grad():
+        for step_size in (0.1, 0.2, 0.3):
+            actual = ista(x, dictionary, step_size, backend="triton")
+            torch.testing.assert_close(actual, ista_reference(x, dictionary, step_size), rtol=1e-4, atol=1e-4)
+        assert len(functional._cache.folds[dictionary]) == 1
 
 
 def test_training_can_use_a_fold_made_in_inference_mode(device, folds):

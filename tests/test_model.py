@@ -1,5 +1,7 @@
 """CRATE against the released module and the reference; compilation, precision, bad arguments."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -11,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crate_fast import CRATE, CRATEMAE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny
 from crate_fast.errors import UserError
-from crate_fast.reference import layer_reference
+from crate_fast.layers import ISTA, MSSA, ODL, Linear
+from crate_fast.reference import layer_reference, mssa_reference
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 7, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
 CHANGES = [{}, {"pool": "mean"}, {"ista": 0.3}, {"channels": 1}]
@@ -208,13 +211,91 @@ def test_a_replaced_projection_trains():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_part_beside_the_output_projection_is_not_skipped_by_the_kernels(training, device):
+    class Doubled(nn.Sequential):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
     model, images = CRATE(**SMALL).to(device).train(training), torch.randn(2, 3, 32, 32, device=device)
-    for change in (lambda out: out.append(nn.Linear(48, 48)), lambda out: setattr(out, "1", nn.LayerNorm(48))):
+    for change in (
+        lambda fn: fn.to_out.append(nn.Linear(48, 48)),
+        lambda fn: setattr(fn.to_out, "1", nn.LayerNorm(48)),
+        lambda fn: setattr(fn, "to_out", Doubled(*fn.to_out[:2])),
+        lambda fn: setattr(fn, "qkv", Linear(48, 48)),  # with a bias
+    ):
         for attention, _ in model.transformer.layers:
-            change(attention.fn.to_out.to(device))
+            change(attention.fn.to(device))
         outputs = []
         for backend in ("triton", "torch"):
             for attention, _ in model.transformer.layers:
                 attention.fn.backend = backend
             outputs.append(model.to(device)(images))
         torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+
+
+def test_all_parts_of_a_head_of_the_users_own_run():
+    model, images = CRATE(**SMALL), torch.randn(2, 3, 32, 32)
+    model.mlp_head = nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 8), nn.GELU(), nn.Linear(8, 4))
+    logits = model(images)
+    torch.testing.assert_close(logits, model.mlp_head(model.forward_features(images)[:, 0]))
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.mlp_head.parameters())
+
+
+def test_dropout_in_training_mode_alone_is_not_skipped_by_the_kernels(device):
+    """As in Monte Carlo dropout, where the rest of the model is in evaluation mode."""
+    model = CRATE(**SMALL, proj_drop_rate=0.5, backend="triton").to(device).eval()
+    images = torch.randn(1, 3, 32, 32, device=device)
+    assert torch.equal(model(images), model(images))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert not torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize(("kind", "options"), [(ISTA, {}), (ODL, {"sparsifier": "odl"}), (MSSA, {})])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_another_forward_of_a_class_is_called(kind, options, backend, device, monkeypatch):
+    model = CRATE(**SMALL, **options, backend=backend).to(device)
+    images, calls = torch.randn(1, 3, 32, 32, device=device), []
+    monkeypatch.setattr(kind, "forward", lambda module, x: calls.append(module) or torch.zeros_like(x))
+    model(images)
+    assert len(calls) == SMALL["depth"]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_heads_can_be_removed(backend, device):
+    """The head width stays, so the remaining subspaces do too."""
+    layer = CRATE(**SMALL, backend=backend).to(device).transformer.layers[0]
+    attention, x = layer[0].fn, torch.randn(2, 17, 48, device=device)
+    kept = Linear(48, 32, bias=False), Linear(32, 48)
+    kept[0].weight.data, kept[1].weight.data = attention.qkv.weight[:32], attention.to_out[0].weight[:, :32]
+    kept[1].bias.data = attention.to_out[0].bias
+    attention.qkv, attention.to_out[0] = kept[0], kept[1]
+    w = layer[0].norm(x)
+    expected = mssa_reference(w, kept[0].weight, kept[1].weight, kept[1].bias, 2)
+    torch.testing.assert_close(layer[0](x), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer._compress(x), x + expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_from_the_meta_device_is_initialised_by_its_modules():
+    with torch.device("meta"):
+        model = CRATE(**SMALL)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_subclass_may_have_a_part_with_a_released_name():
+    class Segmenter(CRATE):
+        def __init__(self):
+            super().__init__(**SMALL)
+            self.head, self.conv1 = nn.Linear(48, 2), nn.Conv2d(3, 48, 8)
+
+    model, other = Segmenter(), Segmenter()
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert torch.equal(other.head.weight, model.head.weight)
+    assert torch.equal(other.conv1.weight, model.conv1.weight)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -19,7 +20,7 @@ from crate_fast.eval.common.models import open_model
 from crate_fast.eval.white_box import trend
 from crate_fast.functional import ista
 from crate_fast.reference import coding_rate_reference, subspace_attention_reference
-from crate_fast.whitebox import coding_rate, layer_measures, nonzero_fraction, trace
+from crate_fast.whitebox import coding_rate, layer_measures, nonzero_fraction, trace, visit_layers
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 7, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
 
@@ -70,6 +71,52 @@ def test_traced_layers_do_not_run_again_in_backward():
     trace(model, torch.randn(1, 3, 32, 32))[-1].after_ista.sum().backward()
     assert len(runs) == 3
     assert model.transformer.grad_checkpointing
+
+
+def test_a_pass_of_another_thread_does_not_enter_a_trace():
+    model, images, other = CRATE(**SMALL), torch.randn(2, 3, 32, 32), torch.randn(1, 3, 32, 32)
+    expected, found = trace(model, images), []
+
+    def visit(layer_trace):
+        with ThreadPoolExecutor() as pool:
+            pool.submit(model, other).result()
+        found.append(layer_trace)
+
+    visit_layers(model, images, visit)
+    for one, wanted in zip(found, expected, strict=True):
+        assert torch.equal(one.queries, wanted.queries)
+        assert torch.equal(one.after_ista, wanted.after_ista)
+
+
+def test_layers_that_are_compiled_alone_are_an_error():
+    """Compiled code runs no hooks."""
+    model, images = CRATE(**SMALL).eval(), torch.randn(2, 3, 32, 32)
+    for layer in model.transformer.layers:
+        layer.compile(backend="eager")
+    with torch.no_grad():
+        model(images)
+        with pytest.raises(UserError, match="layer 0 cannot be traced, perhaps because it is compiled"):
+            trace(model, images)
+
+
+def test_the_rate_after_compression_uses_the_projection_of_the_model():
+    """Not the weight inside, which an adapter such as LoRA changes."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.weight = base, base.weight
+
+        def forward(self, x):
+            return self.base(x) + x
+
+    model, images = CRATE(**SMALL).double(), torch.randn(2, 3, 32, 32).double()
+    for attention, _ in model.transformer.layers:
+        attention.fn.qkv = Adapted(attention.fn.qkv)
+    attention, h = model.transformer.layers[1][0], trace(model, images)[1].after_mssa
+    w = attention.fn.qkv(attention.norm(h)).unflatten(-1, (3, 16))
+    found = layer_measures(model, images, after_mssa=True)["coding_rate_after_mssa"][:, 1]
+    torch.testing.assert_close(found, coding_rate(w))
 
 
 def test_wrappers_are_removed_before_a_trace_and_an_autoencoder_is_refused():
