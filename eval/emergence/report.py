@@ -317,5 +317,11 @@ def _origin(results: Results, size: str) -> str:
     }
     for title, name in (("hardware", "device"), ("commits", "commit"), ("torch", "torch")):
         facts[title] = "; ".join(dict.fromkeys(run["provenance"][name] for run in runs))
+    in_fp32 = [
+        f"{run['model']} {name[-1]}"
+        for name, run in results.runs.items()
+        if "checkpoints" in run and "fp32" in run["provenance"]["device"]
+    ]
+    facts["trained in fp32 (model, seed)"] = ", ".join(in_fp32) or "none"
     facts |= {name.replace("_", " "): value for name, value in protocol.in_words().items()}
     return markdown_table([{"": name, " ": str(value)} for name, value in facts.items()])
