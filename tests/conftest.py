@@ -1,8 +1,11 @@
 """Fixtures of all test files: one seed, the kernels' device, and GPU skips that can be forbidden."""
 
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads spin between the interpreter's small products
+
 import functools
 import gc
-import os
 import re
 from argparse import Namespace
 from contextlib import contextmanager
