@@ -65,6 +65,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()  # garbage collection then skips the imported modules
+    gc.set_threshold(50_000, 20, 20)  # by default it runs after every 700 new objects; tracing makes millions
 
 
 def pytest_runtest_setup(item):
