@@ -3,11 +3,11 @@
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import re
-import subprocess
-import sys
+import signal
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from image_data import config_of, encoded, grey, write_tar, write_tree
 from PIL import Image
+from runs import Forked, wait_until
 
 from crate_fast.errors import UserError
 from crate_fast.train import write_shards
@@ -278,7 +279,10 @@ def test_after_an_error_the_writer_leaves_no_files(folder, refuses):
     assert [path.name for path in Path().iterdir()] == ["data"]
 
 
-def test_a_killed_writing_process_is_an_error(tmp_path):
+def test_a_killed_writing_process_is_an_error(tmp_path, monkeypatch):
+    forkserver = multiprocessing.get_context("forkserver")  # starts at once: see runs.py
+    monkeypatch.setattr(write_shards.multiprocessing, "get_context", lambda _: forkserver)
+
     class Deadly(list):
         def __reduce__(self):
             return os._exit, (137,)  # in the process that unpickles it
@@ -289,12 +293,15 @@ def test_a_killed_writing_process_is_an_error(tmp_path):
 
 
 def test_writing_processes_end_with_a_killed_command(folder):
-    os.mkfifo("data/train/ant/4.jpg")
-    command = [sys.executable, "-m", "crate_fast.train.write_shards", *folder]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    with process, open("data/train/ant/4.jpg", "wb"):  # opens when a writing process waits for this image
-        process.kill()
-        process.communicate(timeout=60)  # returns when no process holds stderr
+    for name in ("data/train/ant/4.jpg", "stderr"):
+        os.mkfifo(name)
+    here = f"import os; os.chdir({os.getcwd()!r}); os.dup2(os.open('stderr', os.O_WRONLY), 2)"
+    with open("stderr", "rb", 0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stderr:
+        command = Forked(folder, script="write_shards", before=here)
+        with open("data/train/ant/4.jpg", "wb"):  # opens when a writing process waits for this image
+            command.send_signal(signal.SIGKILL)
+            wait_until(lambda: stderr.read(2**16) == b"", seconds=60)  # when no process holds stderr
+    command.communicate()
 
 
 def test_formats_that_shards_do_not_have_become_jpegs():
