@@ -23,7 +23,8 @@ from crate_fast.errors import UserError
 from crate_fast.settings import require_gpu
 
 LONGEST = {"test_compiler.py", "test_emergence.py", "test_faults.py", "test_gpu_check.py"}
-LONGEST |= {"test_bench_model.py", "test_pretrain_mae.py", "test_transforms_of_model.py"}  # else among the last
+LONGEST |= {"test_bench_model.py", "test_pretrain_mae.py", "test_transforms_of_model.py"}
+LONGEST |= {"test_parallel.py", "test_self_check.py", "test_sweeps.py", "test_train.py"}  # else among the last
 
 
 def pytest_configure(config):
