@@ -260,7 +260,7 @@ def test_the_gpu_tests_need_no_plugin_of_pytest(check, tmp_path, monkeypatch):
 
 def test_a_probe_ended_by_its_stage_is_not_red(check, monkeypatch):
     check.items = {"probes": [{"probe": name} for name in "ab"]}
-    check.rehearse, check.end = False, time.monotonic() + 3
+    check.rehearse, check.end = False, time.monotonic() + 1.5
     _stand_in(monkeypatch, lambda _: ["import time; time.sleep(30)"])
     check.go([Stage("probes", 1, 1, gpu_check.probes)])
     rows = check.rows()
@@ -479,6 +479,7 @@ def rehearsal(tmp_path_factory):
     words = ["all", "--rehearse", "--work", str(folder / "work"), "--output", str(folder / "out")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMMIT", "abc123")
+        patch.setattr(gpu_check, "HANG_S", 1.5)  # twice
         with forked_python(isolation, fresh="environment"):
             assert gpu_check.main(words) == 0
     for number, handler in signals.items():
