@@ -112,7 +112,7 @@ def test_a_scripted_model_in_training_has_dropout_and_gradients(options):
 
 
 def test_torch_export_has_dynamic_image_sizes():
-    model = _model(dynamic_img_size=True)
+    model = _model(depth=1, dynamic_img_size=True)
     sizes = {0: Dim("batch"), 2: 8 * Dim("rows", min=2, max=64), 3: 8 * Dim("columns", min=2, max=64)}
     program = torch.export.export(model, (_images(2, 48, 64),), dynamic_shapes=(sizes,))
     for shape in ((3, 40, 56), (1, 32, 32), (2, 24, 16)):  # the second is the native one
