@@ -145,6 +145,7 @@ def test_a_released_file_can_be_fine_tuned_and_evaluated(finished, tmp_path, cap
     torch.testing.assert_close(subject.model(images), model.encoder()(images))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_protocols_read_the_last_layer_but_one_of_the_encoder(finished, tmp_path):
     assert open_model(str(finished)).extract.default_layer == 0  # of two layers
     assert open_model("crate_mae_tiny_patch16_224@untrained").extract.default_layer == 10  # of twelve
