@@ -128,7 +128,8 @@ def test_the_input_size_can_be_changed_and_changed_back():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_compiles_with_inductor():
+def test_compiles_with_inductor(monkeypatch):
+    monkeypatch.setenv("TORCH_WARM_POOL", "0")  # no processes that wait to compile Triton
     model, images = CRATE(**(SMALL | {"depth": 1})), torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(images), model(images), rtol=1e-4, atol=1e-5)
 
