@@ -193,7 +193,7 @@ def _measured() -> dict[tuple[str, str, str, int], Tile | None]:
         return {tuple(row[key] for key in keys): Tile(**row["tile"]) if row["tile"] else None for row in rows}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"CRATE_FAST_TILES={path} cannot be used ({error!r}): correct the path, or unset it"
+            f"CRATE_FAST_TILES={path} cannot be used ({error!r}): correct the path or unset it"
         ) from error
 
 
@@ -206,9 +206,7 @@ def table_row(kernel: str, precision: str, family: str, block_d: int = 0) -> Til
 def find(kernel: str, device: torch.device, precision: str, block_d: int = 0) -> Tile | None:
     """Return the tile of a kernel as `lookup` does, or None if the table has no row."""
     name = architecture(device)
-    if (kernel, precision, name, block_d) in _measured():
-        return _measured()[kernel, precision, name, block_d]
-    return table_row(kernel, precision, name, block_d)
+    return _measured().get((kernel, precision, name, block_d), table_row(kernel, precision, name, block_d))
 
 
 def lookup(kernel: str, device: torch.device, precision: str, block_d: int = 0) -> Tile:
