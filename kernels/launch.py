@@ -192,9 +192,7 @@ def _measured() -> dict[tuple[str, str, str, int], Tile | None]:
         rows = [] if path is None else json.loads(Path(path).read_text())
         return {tuple(row[key] for key in keys): Tile(**row["tile"]) if row["tile"] else None for row in rows}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"CRATE_FAST_TILES={path} cannot be used ({error!r}): correct the path or unset it"
-        ) from error
+        raise UserError(f"CRATE_FAST_TILES={path} cannot be used ({error!r}): correct the path") from error
 
 
 def table_row(kernel: str, precision: str, family: str, block_d: int = 0) -> Tile | None:
