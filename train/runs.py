@@ -239,7 +239,9 @@ def load_initial(model: nn.Module, config: TrainConfig, classes: Sequence[str] =
         _check_classes(theirs, classes, where)
     own = getattr(model, "pretrained_cfg", None) or {}
     if run is None and not is_model_folder(config.init) and tuple(own.get("mean", ())) != STATISTICS[config.mean][0]:
-        notes.append(f"pixels normalised as --mean {config.mean}; weights of timm for this model need {own['mean']}")
+        notes.append(
+            f"pixels normalised as --mean {config.mean}; by default {config.model} has the mean {own['mean']}"
+        )
     return source + (f" ({', '.join(notes)})" if notes else "")
 
 

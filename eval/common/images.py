@@ -15,6 +15,7 @@ the size in COCO's JSON. If only the stored pixels have the annotated size, the 
 2 to 4 and for squares both sizes are equal; these images are turned upright.
 """
 
+import contextlib
 import functools
 import importlib.util
 import resource
@@ -379,7 +380,8 @@ def batches(
     problems = [] if problems is None else problems
     if workers:  # each tensor from a worker keeps a file descriptor open, and callers may keep all samples
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        with contextlib.suppress(ValueError, OSError):  # "unlimited" may be more than the system allows
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)
     readable = 0
     with tqdm(total=len(images), desc=progress, unit="img", disable=progress is None) as bar:
