@@ -214,7 +214,7 @@ def test_long_names_have_different_default_folders(tmp_path, monkeypatch):
 
 
 def test_nan_is_not_written_into_results(tmp_path):
-    evaluation = Evaluation("x", Namespace(output=tmp_path, models=[]), [])
+    evaluation = Evaluation("x", Namespace(output=tmp_path, models=[], device="cpu"), [])
     with pytest.raises(ValueError, match="not JSON compliant"):
         evaluation.finish({"score": float("nan")})
     assert not (tmp_path / "results.json").exists()
