@@ -29,6 +29,7 @@ LONGEST |= {"test_parallel.py", "test_self_check.py", "test_sweeps.py", "test_tr
 
 def pytest_configure(config):
     config.option.loadscopereorder = False  # xdist would start the files with the most tests first, not the longest
+    os.fsync = lambda descriptor: None  # a training run waits dozens of times for the disk; no test cuts the power
     together = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # processes that test at once
     if together > 1:
         threads = max(1, (os.cpu_count() or 1) // together)

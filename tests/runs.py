@@ -72,9 +72,10 @@ def steps(trainer: Trainer, count: int = 4) -> Iterator[StepResult]:
 
 
 def without_figures(change=setattr) -> None:
-    """Skip the figures of this process's runs; drawing is most of a tiny run's time."""
+    """Skip the figures of this process's runs, and waits for the disk; both take longer than a tiny run."""
     for name in ("curve_figure", "image_grid"):
         change(report, name, lambda *arguments, **options: None)
+    change(os, "fsync", lambda descriptor: None)
 
 
 class Forked:
