@@ -120,12 +120,14 @@ class Reconstruction(Objective):
         self.n_patches = model.grid_size[0] * model.grid_size[1]
         self.model = model
         model.kept(config.mask_ratio)  # raises if the grid does not allow this ratio
+        self._drawn: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def inputs(self, images, labels, step, part):
-        generator = torch.Generator().manual_seed(mixed_seed(self.config.seed, step))
-        drawn = torch.rand(self.config.batch_size, self.n_patches, generator=generator)
+        if self._drawn[0] != step:
+            generator = torch.Generator().manual_seed(mixed_seed(self.config.seed, step))
+            self._drawn = (step, torch.rand(self.config.batch_size, self.n_patches, generator=generator))
         size = self.config.batch_size // self.config.accumulate
-        mine = drawn[part * size : (part + 1) * size][self.processes.rank :: self.processes.world_size]
+        mine = self._drawn[1][part * size : (part + 1) * size][self.processes.rank :: self.processes.world_size]
         return images, mine.to(images.device, non_blocking=True)
 
     def training(self, runner, images, noise):
