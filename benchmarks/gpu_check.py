@@ -34,6 +34,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,10 +206,6 @@ class Check:
 
     def go(self, stages: list[Stage]) -> None:
         """Run the stages, each within its share of the remaining time; an error costs only its own stage."""
-        if not self.rehearse:  # a throttled card, or another process on it, shows in this log
-            fields = "timestamp,clocks.sm,power.draw,utilization.gpu,clocks_event_reasons.active"
-            command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-lms", "1000"]
-            clocks = Process(Job("clocks", command, math.inf), ROOT, self.logs, self.environment, self.end)
         for index, stage in enumerate(stages):
             now = time.monotonic()
             left = self.end - now
@@ -223,8 +220,17 @@ class Check:
                     action(self)
                 except Exception:
                     self.row(stage.name, "red", f"the check's own error: {traceback.format_exc()}")
-        if not self.rehearse:
-            clocks.kill("the check has ended")
+
+    @contextmanager
+    def clocks_logged(self):
+        """Log the card's clocks meanwhile: throttling, or another process on the card, shows there."""
+        fields = "timestamp,clocks.sm,power.draw,utilization.gpu,clocks_event_reasons.active"
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-lms", "1000"]
+        process = Process(Job("clocks", command, math.inf), ROOT, self.logs, self.environment, self.end)
+        try:
+            yield
+        finally:
+            process.kill("the check has ended")
 
     def pack(self) -> str:
         """Write the archive and the summary; return the summary."""
@@ -293,10 +299,10 @@ def _probe(name: str, into: Path, *words: str) -> list[str]:
 def warm_models(check: Check) -> None:
     """Fill the compilers' caches for whole models."""
     first, more = (check.items.get(kind, []) for kind in ("models", "more"))
-    compiled = [item for item in first if item["peers"][-1].endswith(("compiled", "CUDA graphs"))]
-    models = [item for item in first + more if not item["peers"][-1].endswith(("compiled", "CUDA graphs"))]
+    compiles = {item["name"] for item in first + more if item["peers"][-1].endswith(("compiled", "CUDA graphs"))}
+    compiled = [item for item in first if item["name"] in compiles]
     jobs = [check.items_job([item | {"peers": item["peers"][-1:]}], "warm", 90.0) for item in compiled]
-    ours = [item | {"peers": item["peers"][:1]} for item in models]
+    ours = [item | {"peers": item["peers"][:1]} for item in first + more if item["name"] not in compiles]
     check.work_through(ours[: 2 * MODELS_AT_ONCE], "warm", MODELS_AT_ONCE, 40.0, jobs)
 
 
@@ -532,7 +538,8 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, stop)
     signal.setitimer(signal.ITIMER_REAL, max(1.0, check.end - time.monotonic() + 4.0))  # if a stage does not end
     try:
-        check.go([stage for stage in PARTS[options.part] if stage.name in wanted])
+        with nullcontext() if check.rehearse else check.clocks_logged():
+            check.go([stage for stage in PARTS[options.part] if stage.name in wanted])
     except TimeUp as reason:
         check.row("check", "n/a", f"stopped by {reason}")
     finally:

@@ -409,13 +409,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     rows = Rows(options.rows)
     if options.job == "items":
+        from torch._inductor import config
+
         if options.mode == "warm":  # choices made beside other work are not kept, except a graph's products
-            from torch._inductor import config
-
             config.autotune_local_cache = False
-        if options.mode == "time":
-            from torch._inductor import config
-
+        else:
             config.triton.cudagraph_or_error = True  # else a row of CUDA graphs could be one without
         items = json.loads(options.items.read_text())
         work_through(items, Worker(options.mode, rows), options.until, options.stall)

@@ -360,8 +360,10 @@ def _is_right(name: str, function: Callable, arguments: tuple, options: dict, de
     """Return True after a passed check, False if memory is too short for it: the launch itself may need less."""
     try:
         with without_autocast(device.type), torch.no_grad():
-            wide = 1e4 if arguments[0].dtype == torch.bfloat16 else 100.0  # within half precision's range
-            for more in ({}, {"spread": wide}) if name.startswith("attention") else ({},):
+            kinds = [{}]
+            if name.startswith("attention"):  # the spread fits in the dtype's range
+                kinds.append({"spread": 1e4 if arguments[0].dtype == torch.bfloat16 else 100.0})
+            for more in kinds:
                 small, small_options = _small(name, device, arguments, options | more)
                 shares = _shares(name, function, small, small_options)
                 worst = max(shares, key=shares.get)

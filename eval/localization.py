@@ -92,7 +92,7 @@ def _enlarge(maps: Tensor) -> np.ndarray:
     return F.interpolate(maps[None].double(), scale_factor=factor, mode="bilinear")[0].numpy()
 
 
-def _boxes(enlarged: np.ndarray) -> np.ndarray:
+def _relative_boxes(enlarged: np.ndarray) -> np.ndarray:
     """Return `largest_boxes` of enlarged maps [K, h, w] as fractions of the sides."""
     height, width = enlarged.shape[1:]
     return largest_boxes(enlarged) / [width, height, width, height]
@@ -103,7 +103,7 @@ def _measure(maps: Tensor, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 
     `maps` are [H, rows, columns]; `truth` holds the image's boxes [M, 4] as fractions of its sides.
     """
-    iou = _best_iou(_boxes(_enlarge(maps)), truth).astype(np.float32)
+    iou = _best_iou(_relative_boxes(_enlarge(maps)), truth).astype(np.float32)
     weights, patches = maps.flatten(1), torch.from_numpy(covered(truth, *maps.shape[1:]).ravel())
     # of the patches: enlarging lowers a maximum inside the map, and not one in a corner
     return iou, patches[weights.argmax(dim=1)].numpy(), average_precision(weights, patches).numpy()
@@ -252,7 +252,7 @@ def _figure(
             weights = features.cls_attention(layer)[0, head].float().cpu().view(1, *features.grid)
             enlarged = _enlarge(weights)
             cut = round(per_head[head]["threshold"] * len(THRESHOLDS))
-            row += [Picture(enlarged[0]), _draw_boxes(sample, _boxes(enlarged)[0, cut])]
+            row += [Picture(enlarged[0]), _draw_boxes(sample, _relative_boxes(enlarged)[0, cut])]
         rows.append(row)
     names = [(f"{loaded.label}, layer {layer}", "box") for loaded, _, layer in shown]
     return write_pages(rows, folder, "boxes", None, ["annotated", *itertools.chain(*names)])

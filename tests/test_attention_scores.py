@@ -222,7 +222,7 @@ def test_every_patch_gets_a_box_of_the_same_size(grid):
     maps = torch.zeros(len(corners), *grid)
     for one, (row, column) in zip(maps, corners, strict=True):
         one[row, column] = 1
-    boxes = localization._boxes(localization._enlarge(maps))[1:, 50] * [grid[1], grid[0], grid[1], grid[0]]
+    boxes = localization._relative_boxes(localization._enlarge(maps))[1:, 50] * [grid[1], grid[0], grid[1], grid[0]]
     left, top, right, bottom = boxes.T
     assert len({*(right - left).round(6), *(bottom - top).round(6)}) == 1
 

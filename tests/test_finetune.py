@@ -130,6 +130,9 @@ def test_a_file_with_other_pixel_statistics_is_remarked(tmp_path):
     config = tiny_config(init=_file(tmp_path, model))
     assert "pixels normalised as --mean imagenet" in load_initial(model, config)
     assert load_initial(model, replace(config, mean="half")) == config.init
+    autoencoder = CRATEMAE(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, decoder_depth=1)
+    config = tiny_config(init=_file(tmp_path, autoencoder), mean="half")
+    assert load_initial(autoencoder, config).startswith(config.init)  # it has no usual statistics
 
 
 @pytest.mark.parametrize("frozen", [False, True])

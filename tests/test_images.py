@@ -394,7 +394,7 @@ def test_a_randomly_damaged_file_is_read_or_has_a_problem(tmp_path):
 
 
 def test_only_formats_of_photographs_are_opened(monkeypatch):
-    """Of an EPS file with another suffix, Pillow would run Ghostscript."""
+    """Pillow would run Ghostscript on an EPS file, whatever its suffix."""
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
     for kind in ("EPS", "DDS"):
         with pytest.raises(Image.UnidentifiedImageError, match="none of the formats JPEG, PNG"):

@@ -367,9 +367,8 @@ class RunFolder:
         """
         problem: Exception | None = None
         if self.processes.first:
-            facts = {"epoch": epoch, "config": vars(self.config), "data": self.data_facts} | provenance(
-                self.config.device
-            )
+            facts = {"epoch": epoch, "config": vars(self.config), "data": self.data_facts}
+            facts |= provenance(self.config.device)
             try:
                 bad = poisoned(weights) + poisoned(ema or {})
                 if bad:

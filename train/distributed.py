@@ -58,15 +58,13 @@ class Processes:
 
     def check_equal(self, values: dict[str, object]) -> None:
         """Raise a `UserError` on every process if the picklable `values` are not the same on all."""
-        first, *others = self.gather(values)
-        for rank, theirs in enumerate(others, start=1):
-            for name in first:
-                if first[name] != theirs[name]:
-                    here, there = (f"{value!r:.100}" for value in (first[name], theirs[name]))
-                    raise UserError(
-                        f"process {rank} has {name}={there} and process 0 {here}: give all processes the same data "
-                        "and options"
-                    )
+        found = self.gather(values)
+        differing = ((rank, name) for rank, own in enumerate(found) for name in own if own[name] != found[0][name])
+        for rank, name in differing:
+            own, first = (f"{found[process][name]!r:.100}" for process in (rank, 0))
+            raise UserError(
+                f"process {rank} has {name}={own} and process 0 {first}: give all processes the same data and options"
+            )
 
     def wait(self) -> None:
         """Wait for all processes (a barrier)."""

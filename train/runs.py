@@ -237,11 +237,9 @@ def load_initial(model: nn.Module, config: TrainConfig, classes: Sequence[str] =
     load_strictly(model, weights, where, remedy)
     if not new_classifier and not isinstance(model, CRATEMAE):
         _check_classes(theirs, classes, where)
-    own = getattr(model, "pretrained_cfg", None) or {}
-    if run is None and not is_model_folder(config.init) and tuple(own.get("mean", ())) != STATISTICS[config.mean][0]:
-        notes.append(
-            f"pixels normalised as --mean {config.mean}; by default {config.model} has the mean {own['mean']}"
-        )
+    usual = (getattr(model, "pretrained_cfg", None) or {}).get("mean")  # None for an autoencoder
+    if run is None and not is_model_folder(config.init) and usual not in (None, STATISTICS[config.mean][0]):
+        notes.append(f"pixels normalised as --mean {config.mean}; by default {config.model} has the mean {usual}")
     return source + (f" ({', '.join(notes)})" if notes else "")
 
 
