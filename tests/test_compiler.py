@@ -28,7 +28,7 @@ def test_the_table_is_complete_and_small():
             widths = (64,) if kernel.startswith("whole") else (32, 64, 128) if "attention" in kernel else (0,)
             for word in words:
                 missing = [width for width in widths if table_row(kernel, word, architecture, width) is None]
-                on_chip = architecture in ("sm_90", "sm_100") or not kernel.startswith("whole_head")
+                on_chip = architecture == "sm_90" or not kernel.startswith("whole_head")
                 assert (missing == []) == on_chip
 
 
@@ -64,9 +64,8 @@ def _is_shown_by_another(case: compile_report.Case) -> bool:
     """Return True if another tested case has the same code and needs as many registers and as much shared memory.
 
     On Hopper, heads of 240×48 have the masks of 197×64 and 197×48, and heads of 32 have the code of 64 with fewer
-    registers. On Blackwell, heads of 256×64 compile for 30 s; they have the code of 197×64 with more blocks, and
-    fewer registers than on Hopper. In TF32 the tiles of both are the same. ISTA's gradient is the output map without
-    its LayerNorm; its own mask is compiled on Hopper at 768. A narrower weight has half the tile's columns.
+    registers. In TF32 Blackwell has Hopper's tiles. ISTA's gradient is the output map without its LayerNorm; its own
+    mask is compiled on Hopper at 768. A narrower weight has half the tile's columns.
     """
     row, size = (case.architecture, case.precision), case.size.split()[0]
     if row == ("sm_100", "tf32"):
@@ -75,7 +74,7 @@ def _is_shown_by_another(case: compile_report.Case) -> bool:
         return (*row, size) != ("sm_90", "half", "768")
     if row == ("sm_90", "half") and (case.kernel, case.size) in REDUNDANT:
         return True
-    return (*row, size) in {("sm_90", "half", n) for n in ("197×48", "197×64", "32")} | {("sm_100", "half", "256×64")}
+    return (*row, size) in {("sm_90", "half", n) for n in ("197×48", "197×64", "32")}
 
 
 def _tested_cases() -> list[compile_report.Case]:
