@@ -144,9 +144,6 @@ def _attention_maps() -> argparse.ArgumentParser:
     add("--layer", type=int, help=_LAYER)
     add("--heads", type=comma_list(_head), help="such as 0,3,mean; also all, and best (by the objects' masks)")
     add("--style", choices=("map", "overlay"), default="map", help="overlay draws it over the image; default map")
-    add("--levels", type=comma_list(float), help="noise levels: sigmas from 0 to 255 (0,25,…), or shares (0,0.1,…)")
-    add("--sigma", type=float, help="sigma of the noise in noise_share; default 75")
-    add("--share", type=float, help="share of noisy pixels in noise_sigma; default 0.5")
     return parser
 
 

@@ -24,14 +24,10 @@ from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import attention_to_mask, intersection_over_union
 from crate_fast.options import main_of
 
-SIGMAS = (0.0, 25.0, 50.0, 75.0, 100.0, 125.0)
-SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-
-
-def check_noise(sigma: float, share: float) -> None:
-    """Raise a `UserError` if a setting of `add_noise` is out of range."""
-    if not 0 <= sigma < math.inf or not 0 <= share <= 1:
-        raise UserError(f"noise of sigma={sigma} and share={share}: give a finite sigma ≥ 0 and a share from 0 to 1")
+NOISE = {  # figure → (sigma, share) of its levels
+    "noise_sigma": [(sigma, 0.5) for sigma in (0.0, 25.0, 50.0, 75.0, 100.0, 125.0)],
+    "noise_share": [(75.0, share) for share in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)],
+}
 
 
 def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int = 0) -> Tensor:
@@ -58,7 +54,8 @@ def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int 
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise UserError(f"images are {images.dtype} {tuple(images.shape)}: pass uint8 [B, C, H, W]")
-    check_noise(sigma, share)
+    if not 0 <= sigma < math.inf or not 0 <= share <= 1:
+        raise UserError(f"noise of sigma={sigma} and share={share}: give a finite sigma ≥ 0 and a share from 0 to 1")
     flat = images.flatten(2).cpu().numpy()
     noisy = flat.copy()
     for number in range(len(flat)):
@@ -215,19 +212,7 @@ def _table(label: str, outcome: dict) -> list[dict]:
 
 
 def _command(options: argparse.Namespace) -> None:
-    noise: list[tuple[float, float]] = []
-    used = {"noise_sigma": ("levels", "share"), "noise_share": ("levels", "sigma")}.get(options.figure, ())
-    for name in ("levels", "sigma", "share"):
-        if getattr(options, name) is not None and name not in used:
-            raise UserError(f"--{name} has no effect on --figure {options.figure}: use noise_sigma or noise_share")
-    if options.figure == "noise_sigma":
-        share = 0.5 if options.share is None else options.share
-        noise = [(sigma, share) for sigma in options.levels or SIGMAS]
-    elif options.figure == "noise_share":
-        sigma = 75.0 if options.sigma is None else options.sigma
-        noise = [(sigma, share) for share in options.levels or SHARES]
-    for level in noise:
-        check_noise(*level)
+    noise = NOISE.get(options.figure, [])
     models = open_models(options)
     labelled = not options.data.startswith(("folder", "photographs"))
     default = {"heads": ["all", "mean"], "models": ["mean", "best"] if labelled else ["mean"]}
