@@ -81,7 +81,8 @@ def without_figures(change=setattr) -> None:
 class Forked:
     """A run with the interface of `Popen`, in processes forked from one that has imported everything.
 
-    The processes have torchrun's environment and first run the Python code `before`.
+    The processes have torchrun's environment and first run the Python code `before`. `script` is a module of
+    crate_fast.train; a name with a dot is one of crate_fast.
     """
 
     def __init__(self, argv: list[str], processes=1, script="pretrain", before=""):
@@ -125,7 +126,8 @@ def _main(script: str, argv: list[str], environment: dict[str, str], log: str, b
     multiprocessing.set_start_method("fork", force=True)  # the data loaders' default
     without_figures()
     exec(before, {})
-    sys.exit(importlib.import_module(f"crate_fast.train.{script}").main(argv))
+    package = "crate_fast" if "." in script else "crate_fast.train"
+    sys.exit(importlib.import_module(f"{package}.{script}").main(argv))
 
 
 def _write_to(log: str) -> None:

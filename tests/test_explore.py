@@ -10,10 +10,9 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from explorer import SHIPPED, explorer_with, picture_file, served
 from image_data import encoded, write_tree
 from PIL import Image
-from runs import ROOT
+from runs import Forked, wait_until
 from torchvision.ops import masks_to_boxes
 
 from crate_fast.errors import UserError
@@ -313,13 +312,14 @@ def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_an_error_message(tiny
 
 
 def test_the_command_serves_until_it_is_interrupted():
-    words = [sys.executable, "-m", "crate_fast.cli", "explore", "--checkpoint", "shipped:CRATE", "--no-browser"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        address = process.stdout.readline().split()[0]
-        assert ask(address, "setup")["models"][0]["label"] == "shipped:CRATE"
-        process.send_signal(signal.SIGINT)
-        assert "Traceback" not in process.communicate(timeout=60)[1]
-    assert process.returncode == 0
+    process = Forked(["--checkpoint", "shipped:CRATE", "--no-browser"], script="eval.explore.command")
+    printed = Path(process.log.name)
+    wait_until(lambda: "(stop with Ctrl-C)\n" in printed.read_text(), process)
+    address = re.search(r"http://\S+", printed.read_text())[0]
+    assert ask(address, "setup")["models"][0]["label"] == "shipped:CRATE"
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=60)[0]
+    assert process.poll() == 0
 
 
 def test_bad_arguments_of_the_command_are_errors(refuses):
