@@ -110,7 +110,7 @@ class _Halved(ISTA):
 
 
 def test_a_step_of_ones_own_is_exported(tmp_path):
-    model = _model()
+    model = _model(depth=1)
     model.transformer.layers[0][1].fn.__class__ = _Halved
     assert export_model(model, tmp_path, formats=["torch"])  # raises if the outputs differ
 
@@ -123,7 +123,7 @@ class _Wrong(PortableCRATE):
         if mutant == "threshold":
             self.model.transformer.layers[0][1].fn.shift *= 1.1
         if mutant == "scale":
-            self.model.transformer.layers[1][0].fn.scale *= 1.02
+            self.model.transformer.layers[0][0].fn.scale *= 1.02
         if mutant == "nan":
             self.model.cls_token.fill_(torch.nan)
 
@@ -132,7 +132,7 @@ class _Wrong(PortableCRATE):
 def test_a_wrong_model_is_not_written(mutant, monkeypatch, tmp_path):
     (tmp_path / "model.pt2").write_text("an earlier one")
     monkeypatch.setattr("crate_fast.export.PortableCRATE", partial(_Wrong, mutant=mutant))
-    model = _model()
+    model = _model(depth=1)
     model.set_input_size((20, 12))
     with pytest.raises(UserError, match=r"differs from the model's by .* Nothing was written"):
         export_model(model, tmp_path, formats=["torch"])
