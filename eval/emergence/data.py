@@ -26,7 +26,6 @@ from crate_fast.eval.common.images import Target, free_photographs, open_images
 from crate_fast.eval.common.results import reserve_folder
 from crate_fast.eval.emergence.protocol import Protocol
 from crate_fast.train.data.image_files import find_images, read_image
-from crate_fast.train.data.sources import safe_extraction
 
 
 class _Photographs(BoxedImages):
@@ -135,8 +134,8 @@ def _unpacked(source: Path, split: str, folder: Path) -> Path:
         goal.symlink_to((source / split).resolve(), target_is_directory=True)
     elif archive.is_file():
         try:
-            with safe_extraction(), tarfile.open(archive) as file:
-                file.extractall(partial)
+            with tarfile.open(archive) as file:
+                file.extractall(partial, filter="data")
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"{archive} cannot be unpacked to {folder} ({error})") from error
         inner = partial / split

@@ -5,10 +5,8 @@ A `Source` returns image and label by index. The loader alone decides the order,
 
 import io
 import os
-import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Sized
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -154,41 +152,20 @@ class TorchvisionSource(Source):
 
 
 def open_torchvision(dataset: str, data_dir: str, train: bool, download: bool) -> Source:
-    """Open one of torchvision's data sets; download it only on request."""
+    """Open one of torchvision's data sets; download it only on request.
+
+    torchvision unpacks without checking the paths in an archive, but only archives with the MD5 that it knows.
+    """
     name, argument, *splits = TORCHVISION[dataset]
     try:
-        with safe_extraction() if download else nullcontext():
-            split = {argument: splits[0 if train else 1]}
-            images = getattr(torchvision_datasets, name)(Path(data_dir), **split, download=download)
+        split = {argument: splits[0 if train else 1]}
+        images = getattr(torchvision_datasets, name)(Path(data_dir), **split, download=download)
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"{dataset} is not in data_dir={data_dir!r} ({error}): pass the right folder, or --download, with a "
             "network and free space"
         ) from error
     return TorchvisionSource(images, dataset)
-
-
-@contextmanager
-def safe_extraction():
-    """Make `tarfile` refuse members outside its target folder: "..", absolute paths, links to other folders.
-
-    Older releases of torchvision unpack downloads without this check.
-
-    Raises:
-        UserError: This Python's tarfile has no filters.
-        tarfile.FilterError: An archive tries to write outside.
-    """
-    if not hasattr(tarfile, "data_filter"):
-        raise UserError(
-            "this Python cannot check the paths in archives: download with Python 3.10.12, 3.11.4 or later, or "
-            "unpack the data yourself and leave out --download"
-        )
-    before = vars(tarfile.TarFile)["extraction_filter"]
-    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
-    try:
-        yield
-    finally:
-        tarfile.TarFile.extraction_filter = before
 
 
 def common_classes(train: Source, val: Source) -> tuple[str, ...]:
