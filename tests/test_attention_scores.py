@@ -92,10 +92,10 @@ def test_the_mean_mask_is_the_mean_over_all_images():
 
 
 def test_void_patches_objects_without_a_patch_and_images_without_objects_are_not_scored():
-    target, valid = torch.tensor([[True, True, False, False]]), torch.tensor([False, True, True, False])
+    target, valid = torch.tensor([[True, True, False, False]]), torch.tensor([False, True, True, True])
     result = _scores(torch.ones(1, 1, 4), [target], [valid], fraction=1.0)["topk"]
-    assert result["constant"] == pytest.approx(1 / 2)  # one of two valid patches is object
-    assert result["layers"][0]["best_head"] == pytest.approx(1 / 2)
+    assert result["constant"] == pytest.approx(1 / 3)  # one of three valid patches is object
+    assert result["layers"][0]["best_head"] == pytest.approx(1 / 3)
     targets = [target[:0], torch.cat([target & False, target])]  # the first object of the second image has no patch
     result = _scores(torch.rand(2, 1, 4), targets)["mass"]
     counts = [result[name] for name in ("images", "objects", "without_objects", "objects_without_patch")]
@@ -242,12 +242,18 @@ def test_boxes_are_found_by_path_or_by_a_unique_name(tmp_path):
         boxes = "".join(f"<object><bndbox>{edges}</bndbox></object>" for edges in corners)
         xml = f"<annotation><size><width>{width}</width><height>{width // 2}</height></size>{boxes}</annotation>"
         write_tree(tmp_path / "xml", {f"{name}.xml": xml.encode()})
-    content = {"images": [{"id": 1, "file_name": "./a/0.png", "width": 80.0, "height": 40.0}]}
-    content["annotations"] = [{"image_id": 1, "bbox": [4, 4, 4, 4]}]
+    images = [("./a/0.png", 80.0), ("b/2.png", 40.0)]  # the second has another shape than its file
+    content = {
+        "images": [{"id": i, "file_name": name, "width": w, "height": 40.0} for i, (name, w) in enumerate(images)]
+    }
+    boxes = [(0, [4, 4, 4, 4]), (0, [60, -2, 40, 10]), (1, [1, 1, 1, 1])]
+    content["annotations"] = [{"image_id": image, "bbox": box} for image, box in boxes]
     (tmp_path / "boxes.json").write_text("\ufeff" + json.dumps(content))
     by_xml, by_json = (BoxedImages(tmp_path / "photos", 40, tmp_path / name) for name in ("xml", "boxes.json"))
     assert [by_xml[i].target.boxes[:1, 0].tolist() for i in range(5)] == [[3], [], [7], [], [10]]
-    assert [by_json[i].target.boxes[:1, 0].tolist() for i in range(5)] == [[2], [], [], [], []]
+    assert [by_json[i].target.boxes.tolist() for i in range(2)] == [[[2, 2, 4, 4], [30, 0, 40, 4]], []]
+    assert "annotated size is (40, 40), the image has (20, 40)" in by_json[4].problem
+    assert by_json.annotated_size("a/0.png") == (40, 80)  # by which a picture is turned upright or not
     assert by_xml[4].target.boxes.tolist() == [[10, 5, 20, 15], [7, 5, 17, 15]]
 
 

@@ -118,8 +118,6 @@ def _read_folder(folder: Path) -> dict[str, _Entry]:
             ) from error
         name = path.relative_to(folder).with_suffix("").as_posix()
         entries.append((name, (_size(height, width), [[a, b, c + 1, d + 1] for a, b, c, d in boxes])))
-    if not entries:
-        raise UserError(f"--boxes {folder} holds no XML file: give the folder of ImageNet's annotations")
     return _by_name(entries, folder)
 
 

@@ -35,7 +35,8 @@ def attention_to_mask(attention: Tensor, threshold: str = "topk", fraction: floa
     """
     if threshold not in THRESHOLDS:
         raise UserError(f"threshold={threshold!r}: choose one of {', '.join(map(repr, THRESHOLDS))}")
-    _check_fraction(fraction)
+    if not 0 < fraction <= 1:
+        raise UserError(f"fraction={fraction}: it must be in (0, 1]")
     values, order = attention.double().sort(dim=-1, descending=True, stable=True)
     if threshold == "topk":
         kept = torch.arange(values.shape[-1], device=values.device) < fraction * values.shape[-1] - 1e-9
@@ -44,11 +45,6 @@ def attention_to_mask(attention: Tensor, threshold: str = "topk", fraction: floa
         before = values.cumsum(dim=-1) - values
         kept = before < fraction * values.sum(dim=-1, keepdim=True) - 1e-12
     return torch.zeros_like(kept).scatter(-1, order, kept)
-
-
-def _check_fraction(fraction: float) -> None:
-    if not 0 < fraction <= 1:
-        raise UserError(f"fraction={fraction}: it must be in (0, 1]")
 
 
 def intersection_over_union(predicted: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -127,7 +123,6 @@ def score_attention(
         UserError: The fraction is out of range.
         NoObjectsError: No object covers a patch.
     """
-    _check_fraction(fraction)
     generator = torch.Generator().manual_seed(seed)
     scored: dict[str, dict[int | str, list[Tensor]]] = {reading: {} for reading in READINGS}  # of [T, H] or [T]
     objects: list[tuple[Tensor, ...]] = []  # masks, valid patches and weights of a batch's objects
