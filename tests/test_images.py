@@ -214,6 +214,8 @@ def _image(**values):
         (lambda _, annotation: annotation.update(image_id="5"), r"annotations\[1\] .*image_id.*of the type of"),
         (_drops("id"), r"annotations\[1\] cannot be used, 'id' is missing"),
         (lambda content, _: content["images"][0].pop("width") and None, "annotation 1 .*'width' is missing"),
+        (_image(width=0), r"annotation 1 .*height and width \[40, 0\]"),
+        (_image(width="60"), r"annotation 1 .*height and width \[40, '60'\]"),
         (_image(file_name=""), "a file_name is empty"),
         (lambda content, _: content["images"][0].pop("file_name") and None, "'file_name'"),
         (lambda content, _: content["images"].append(content["images"][0]), "two with the same id"),
