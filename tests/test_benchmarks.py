@@ -1,4 +1,4 @@
-"""The CPU, data and MaskCut benchmarks and the tile search run and reject wrong results; the pages' tables."""
+"""The CPU and data benchmarks and the tile search run and reject wrong results; the pages' tables."""
 
 import functools
 import json
@@ -12,7 +12,6 @@ import harness
 
 import bench_cpu
 import bench_data
-import bench_maskcut
 import model_problem
 import numpy as np
 import pytest
@@ -69,15 +68,6 @@ def test_the_tables_of_the_pages_equal_the_committed_results():
     assert [update_readme.updated(text) for text in texts] == texts
     tables = re.findall(r"<!-- (\w+)-table:begin -->", "".join(texts))
     assert sorted(tables) == ["cpu", "gpu", "models"]
-
-
-def test_the_maskcut_benchmark_compares_masks_before_times(monkeypatch):
-    monkeypatch.setattr(bench_maskcut, "features_of", functools.cache(bench_maskcut.features_of))
-    assert bench_maskcut.main(["--smoke"]) == 0
-    noise = np.random.default_rng(0)
-    monkeypatch.setattr(bench_maskcut, "eigsh", lambda m, k, which: (np.ones(k), noise.normal(size=(len(m), k))))
-    with pytest.raises(SystemExit, match="ours and eigsh give different masks: no numbers"):
-        bench_maskcut.main(["--smoke"])
 
 
 def test_the_data_benchmark_compares_batches_before_times(capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""MaskCut by its dense definition in float64: the oracle of test_maskcut.py and the peer of bench_maskcut.py."""
+"""MaskCut by its dense definition in float64: the oracle of test_maskcut.py."""
 
 from collections import deque
 
@@ -48,9 +48,7 @@ def object_of(vector: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return found
 
 
-def maskcut_oracle(
-    features: np.ndarray, grid: tuple[int, int], num_objects: int, tau: float, solve=second_eigenvector
-) -> np.ndarray:
+def maskcut_oracle(features: np.ndarray, grid: tuple[int, int], num_objects: int, tau: float) -> np.ndarray:
     """Return the masks [n, rows, columns] of an image with features [P, C]."""
     features = features.astype(np.float64).copy()
     masks = np.zeros((num_objects, *grid), bool)
@@ -61,7 +59,7 @@ def maskcut_oracle(
         matrix = affinity(features, tau, 1e-5)
         if (matrix == 1).sum() == (~painted).sum() ** 2:  # all remaining patches are linked: no cut
             break
-        _, vector = solve(matrix)
+        _, vector = second_eigenvector(matrix)
         mask = object_of(vector, grid)
         if turn > 0:
             overlap = (mask & previous).sum() / (mask | previous).sum()
