@@ -1,11 +1,10 @@
 """The CPU and data benchmarks and the tile search run and reject wrong results; the pages' tables."""
 
 import functools
+import itertools
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from itertools import groupby
 from types import SimpleNamespace
 
 import harness
@@ -18,9 +17,10 @@ import pytest
 import tile_search
 import torch
 import update_readme
+from explorer import picture_file
+from image_data import write_tree
 
 from crate_fast.kernels.launch import TABLE
-from crate_fast.train.data import shards
 
 
 def test_the_cpu_benchmark_measures_every_peer_and_refuses_a_wrong_one(capsys, monkeypatch):
@@ -45,16 +45,9 @@ def test_committed_results_have_no_absolute_paths():
 def test_candidates_are_timed_in_turn():
     calls = []
     timings = harness.interleaved({name: (lambda name=name: calls.append(name)) for name in "ab"}, 3)
-    turns = "".join(name for name, _ in groupby(calls))  # a measurement is several calls
+    turns = "".join(name for name, _ in itertools.groupby(calls))  # a measurement is several calls
     assert turns == (1 + 1 + 3) * "ab"  # a first call, one that plans, three rounds
     assert all(0 < timing.low <= timing.median <= timing.high for timing in timings.values())
-
-
-def test_times_of_the_data_benchmark_are_per_image_not_per_call(monkeypatch):
-    second = harness.Timing(1.0, 1.0, 1.0)
-    monkeypatch.setattr(bench_data, "interleaved", lambda calls, _: dict.fromkeys(calls, second))
-    one, four = bench_data.measure({"one": (None, 1), "four": (None, 4)}, rounds=3)
-    assert [(row["µs an image"], row["images/s a core"]) for row in (one, four)] == [(1e6, 1.0), (2.5e5, 4.0)]
 
 
 def test_peak_memory_is_that_of_the_call():
@@ -70,18 +63,15 @@ def test_the_tables_of_the_pages_equal_the_committed_results():
     assert sorted(tables) == ["cpu", "gpu", "models"]
 
 
-def test_the_data_benchmark_compares_batches_before_times(capsys, monkeypatch):
-    monkeypatch.setattr("crate_fast.train.write_shards.ProcessPoolExecutor", ThreadPoolExecutor)
-    monkeypatch.setattr(bench_data, "drawn_jpegs", functools.cache(bench_data.drawn_jpegs))
-    assert bench_data.main(["--smoke"]) == 0
-    out = capsys.readouterr().out
-    rows = "read; decode; batches: folder; batches: shards; batches: shards of 256 px, randaugment-n2-m14"
-    assert all(f"\n| {row} |" in out for row in rows.split("; "))
-    monkeypatch.setattr(bench_data, "stages", None)  # not reached
-    right = shards.ShardSource.open
-    monkeypatch.setattr(shards.ShardSource, "open", lambda self, index: right(self, (index + 1) % len(self)))
-    with pytest.raises(SystemExit, match="folder and shards give different batches: no numbers"):
-        bench_data.main(["--smoke"])
+def test_the_data_benchmark_times_batches_with_the_options_of_training(tmp_path, capsys, monkeypatch):
+    clock = itertools.accumulate([0.0, 9.0, 2.0, 4.0, 6.0])  # 9 s for the first batch, then 4 s in the median
+    monkeypatch.setattr(bench_data, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    names = [f"{split}/a/{number}.jpg" for split in ("train", "val") for number in range(4)]
+    write_tree(tmp_path, {name: picture_file(seed, (48, 40), "JPEG") for seed, name in enumerate(names)})
+    words = ["--data-dir", str(tmp_path), "--image-size", "32", "--batch-size", "4", "--batches", "3"]
+    assert bench_data.main(words) == 0
+    assert "1,000,000 µs an image, 1 images/s a core\n1.2e+04 cores for 12,000 images/s" in capsys.readouterr().out
+    assert bench_data.main(["--dataset", "shards", *words]) == 2
 
 
 # --- the tile search ---
