@@ -1,6 +1,6 @@
 """CRATE on a CPU: a training step and inference, compared with the alternatives in one run.
 
-    python benchmarks/bench_cpu.py            # most of an hour on two cores; --smoke takes half a minute
+    python benchmarks/bench_cpu.py            # an hour or more on two cores; --smoke takes half a minute
     python benchmarks/bench_cpu.py --dtype bfloat16      # autocast, for processors with AVX512-BF16 or AMX
 
 Peers: the released form (explicit attention, ISTA in three products; or CRATE-α), timm's ViT of the same sizes, and

@@ -67,7 +67,7 @@ def measure(table: str, sizes: dict[str, Size], run: Run) -> bool:
     for model, size in sizes.items():
         for what in PASSES[table]:
             run.rows += measure_one(model, size, what, PEERS[table], run)
-            run.timer.free_memory()
+            run.free_memory()
             run.report(file, quiet=True)  # in case the run is interrupted
     run.report(file)
     return not any(row.get("red") for row in run.rows)
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     harness.add_options(parser)
     options = parser.parse_args(argv)
     run = harness.open_run(options)
-    if not (run.timer.on_gpu or run.smoke):
+    if not (run.on_gpu or run.smoke):
         raise SystemExit(
             "PyTorch finds no GPU: benchmarks/bench_cpu.py measures a CPU, --smoke tests with tiny models"
         )

@@ -213,7 +213,7 @@ def _open_run():
     import harness
 
     run = harness.open_run(argparse.Namespace(smoke=REHEARSED, dtype=None, rounds=ROUNDS, output=Path(".")))
-    run.rounds, run.timer.measurement_ms = ROUNDS, MEASUREMENT_MS
+    run.rounds, run.measurement_ms = ROUNDS, MEASUREMENT_MS
     return run
 
 
@@ -245,7 +245,7 @@ class Worker:
         if "run" not in vars(self):  # it does not open; each item has the error in its row
             return True
         try:
-            self.run.timer.synchronize()
+            self.run.synchronize()
         except Exception:  # any error of the driver; another process continues
             return False
         return True
@@ -274,10 +274,10 @@ class Worker:
         for peer in peers:
             try:
                 problem.results(peer.build())
-                self.run.timer.synchronize()
+                self.run.synchronize()
             except Exception as error:
                 self.rows.fail(f"{item['name']}, {peer.name}", error, red=peer.ours)
-                self.run.timer.synchronize()
+                self.run.synchronize()
 
     def tile(self, item: dict) -> None:
         """Compile or time a candidate of the tile search."""
@@ -286,9 +286,9 @@ class Worker:
 
         kept = kept_of(item)
         try:
-            found = tile_search.warm(item) if self.mode == "warm" else tile_search.time_tile(item, self.run.timer)
+            found = tile_search.warm(item) if self.mode == "warm" else tile_search.time_tile(item, self.run)
         except Exception as error:  # it does not compile, does not fit, or is wrong
-            self.run.timer.synchronize()
+            self.run.synchronize()
             self.rows.fail(item["name"], error, red=item["present"], **kept)
         else:
             self.rows.add(item["name"], "ok", **kept, **found)
@@ -311,7 +311,7 @@ class Worker:
             problem = make_problem(item["shape"], size, item["what"], run)
             for peer in peers(problem, item["peers"], run):
                 peer.build().step()
-            run.timer.synchronize()
+            run.synchronize()
             return
         rows = bench_model.measure_one(item["shape"], size, item["what"], item["peers"], run)
         self.rows.measured(item["name"], item["table"], rows)
@@ -326,14 +326,14 @@ class Worker:
         trial = Trial(problem, OURS, problem.cast)
         for _ in range(1 if REHEARSED else 5):
             trial.step()
-        run.timer.synchronize()
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.timer.on_gpu else [])]
+        run.synchronize()
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.on_gpu else [])]
         with profile(activities=activities) as trace:
             start = time.perf_counter()
             trial.step()
-            run.timer.synchronize()
+            run.synchronize()
             span_us = round(1e6 * (time.perf_counter() - start))
-        order = "self_device_time_total" if run.timer.on_gpu else "self_cpu_time_total"
+        order = "self_device_time_total" if run.on_gpu else "self_cpu_time_total"
         self.rows.add(item["name"], "ok", span_us=span_us, table=trace.key_averages().table(order, PROFILED))
 
     def crash(self, item: dict) -> None:
@@ -347,7 +347,7 @@ def work_through(items: list[dict], worker: Worker, until: float, stall_s: float
     import measuring  # noqa: F401
 
     with suppress(Exception):  # the first item has the same error in its row
-        worker.run.timer.synchronize()
+        worker.run.synchronize()
     for item in items:
         if time.time() >= until:
             return
@@ -359,7 +359,7 @@ def work_through(items: list[dict], worker: Worker, until: float, stall_s: float
             if worker.mode == "warm" and item["kind"] != "tile":  # tiles have their own rows
                 worker.rows.add(f"compiled: {item['name']}", "ok", seconds=round(time.perf_counter() - start, 2))
             if item["kind"] != "tile":  # tensors of tiles are kept
-                worker.run.timer.free_memory()
+                worker.run.free_memory()
         except Exception as error:
             print(f"{item['name']}: {type(error).__name__}: {error}"[:600], file=sys.stderr, flush=True)
             if not worker.alive():

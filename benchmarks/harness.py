@@ -3,10 +3,9 @@
 This module imports crate_fast before PyTorch, so that OpenMP uses the package's GOMP_SPINCOUNT. Every benchmark must
 import it first; the isort section "harness" in pyproject.toml keeps it first.
 
-GPU times are measured with events, and the L2 cache is overwritten before each call (not of whole models), as
-`triton.testing.do_bench` does. There are two differences. An untimed forward builds the graph of each timed backward,
-because a compiled peer's graph runs only once. Overwriting takes longer than the host needs to enqueue the call, so a
-slow host does not count. CPU times are wall-clock times.
+GPU times are those of `triton.testing.do_bench`: events, with the L2 cache overwritten before each call. Calls of an
+operator are captured in a CUDA graph, so that a slow host does not count. CPU times are those of
+`torch.utils.benchmark`.
 """
 
 import crate_fast  # noqa: F401
@@ -15,22 +14,18 @@ import crate_fast  # noqa: F401
 import argparse
 import gc
 import json
-import math
 import multiprocessing
 import os
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from gpu_report import times
+from torch.utils.benchmark import Timer
 
 from crate_fast.cpu_ops import onednn_product
 from crate_fast.env import driver_version, provenance, ptxas_version, version_of
@@ -41,27 +36,11 @@ gc.freeze()  # so that `free_memory` skips imported objects, which would take a 
 RESULTS = Path(__file__).parent / "results"
 CARRIED_COMMIT = Path(__file__).parent.parent / ".gpu" / "commit"  # written by `gpu_check.py prepare`
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-CACHE_BYTES = 256 * 2**20  # overwritten before each call; larger than any L2 cache
-MEASUREMENT_MS = 100.0  # length of a measurement, with overwriting the cache
+MEASUREMENT_MS = 100.0  # length of a measurement, without its first calls
 SMOKE_MS = 2.0
-MAX_CALLS = 1000  # in one measurement
-_LONG_MS = 1000.0
 
 
 # --- time and memory ----------------------------------------------------------------------------------------------
-
-
-class Timing(NamedTuple):
-    """Median, 20 % and 80 % quantiles of a call's time."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> "Timing":
-        """Return the quantiles of the samples."""
-        return cls(*np.quantile(samples, (0.5, 0.2, 0.8)).tolist())
 
 
 def _measure_peak(prepare: Callable[[], Callable[[], object]]) -> float:
@@ -83,123 +62,6 @@ def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(_measure_peak, prepare).result()
-
-
-class Step(NamedTuple):
-    """A timed call and the untimed function that makes its argument."""
-
-    call: Callable[[object], object]
-    prepare: Callable[[], object] = lambda: None
-
-
-class Timer:
-    """Timer of calls in milliseconds: by events on a GPU, by the wall clock on a CPU."""
-
-    def __init__(self, device: torch.device, measurement_ms: float = MEASUREMENT_MS):
-        self.on_gpu, self.measurement_ms = device.type == "cuda", measurement_ms
-        if self.on_gpu:
-            self.cache = torch.empty(CACHE_BYTES // 4, dtype=torch.int32, device=device)
-            flush = Step(lambda _: self.cache.zero_())
-            self.flush_ms = statistics.median(self.sample(flush, 300, 1)[200:])  # when the clocks are up
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
-
-    def free_memory(self) -> None:
-        """Return unreferenced memory to the device."""
-        gc.collect()
-        if self.on_gpu:
-            torch.cuda.empty_cache()
-
-    def sample(self, step: Step, calls: int, flushes: int) -> list[float]:
-        """Return the milliseconds of each call; the L2 cache is overwritten `flushes` times before each.
-
-        On a CPU the first call is not counted, unless it is long: threads of the previous peer may still spin.
-        """
-        if not self.on_gpu:
-            first = self._wall_ms(step)
-            counted = [first] if first > _LONG_MS else []
-            return counted + [self._wall_ms(step) for _ in range(calls - len(counted))]
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-        for start, end in events:
-            argument = step.prepare()
-            for _ in range(flushes):
-                self.cache.zero_()
-            start.record()
-            step.call(argument)
-            end.record()
-            del argument  # before the next is allocated
-        self.synchronize()
-        return [start.elapsed_time(end) for start, end in events]
-
-    def _wall_ms(self, step: Step) -> float:
-        """Time one call on the host, without waiting for a GPU."""
-        argument = step.prepare()
-        self.synchronize()
-        start = time.perf_counter()
-        step.call(argument)
-        return (time.perf_counter() - start) * 1e3
-
-    def plan(self, step: Step, hides_host: bool = True) -> tuple[int, int]:
-        """Choose the calls of a measurement and the cache overwrites before each, from up to eight trial calls.
-
-        With `hides_host`, the cache is overwritten long enough to hide a slow host. Otherwise calls follow each other
-        as in a program, and the host's delay counts.
-        """
-        if not self.on_gpu:
-            host_ms = self._wall_ms(step)
-            return min(MAX_CALLS, math.ceil(self.measurement_ms / host_ms)), 0
-        host_ms = statistics.median([self._wall_ms(step) for _ in range(5)][2:])
-        flushes = max(1, math.ceil(1.5 * host_ms / self.flush_ms)) if hides_host else 0
-        self.synchronize()
-        call_ms = statistics.median(self.sample(step, 3, flushes))
-        calls = math.ceil(self.measurement_ms / (call_ms + flushes * self.flush_ms))
-        return min(MAX_CALLS, max(3, calls)), flushes
-
-    def peak_mib(self, call: Callable[[], object]) -> float | None:
-        """Measure the peak extra GPU memory of a call, with its results; None on a CPU."""
-        if not self.on_gpu:
-            return None
-        self.free_memory()
-        self.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = call()
-        self.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-        del kept
-        return peak / 2**20
-
-
-def in_turn(
-    timer: Timer,
-    steps: dict,
-    rounds: int,
-    hides_host: bool = True,
-    attempt: Callable[[object, Callable], object] = lambda _, action: action(),
-) -> dict[object, list[float]]:
-    """Measure steps in turn, so that a slow phase of the machine affects all; return the milliseconds of their calls.
-
-    `attempt` runs an action for a key and returns None if it fails or has failed.
-    """
-    plans = {key: attempt(key, partial(timer.plan, step, hides_host)) for key, step in steps.items()}
-    samples: dict[object, list[float]] = {key: [] for key in steps}
-    for _ in range(rounds):
-        for key, step in steps.items():
-            if (plan := plans[key]) is not None:
-                samples[key] += attempt(key, partial(timer.sample, step, *plan)) or []
-    return samples
-
-
-def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """Time calls on the CPU in turn; return seconds per call."""
-    for call in candidates.values():
-        call()  # the first call may take longer
-    steps = {name: Step(lambda _, call=call: call()) for name, call in candidates.items()}
-    measured = in_turn(Timer(torch.device("cpu")), steps, rounds)
-    return {name: Timing.of([ms / 1e3 for ms in samples]) for name, samples in measured.items()}
 
 
 # --- a run --------------------------------------------------------------------------------------------------------
@@ -224,19 +86,64 @@ class Run:
     rounds: int
     output: Path
     facts: dict[str, object]
-    timer: Timer = field(repr=False)
+    measurement_ms: float
     rows: list[dict] = field(default_factory=list)
+
+    @property
+    def on_gpu(self) -> bool:
+        """The run is on a GPU."""
+        return self.device.type == "cuda"
 
     @property
     def runs_kernels(self) -> bool:
         """Triton's kernels run, on a GPU or in its interpreter."""
-        return self.timer.on_gpu or INTERPRETED
+        return self.on_gpu or INTERPRETED
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def free_memory(self) -> None:
+        """Return unreferenced memory to the device."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def sample_ms(self, call: Callable[[], object], graphed: bool = False) -> list[float]:
+        """Return the milliseconds of a call in a measurement; on a GPU, with `graphed`, of its CUDA graph."""
+        if not self.on_gpu:
+            timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+            measured = timer.blocked_autorange(min_run_time=self.measurement_ms / 1e3)
+            return [1e3 * seconds for seconds in measured.times]
+        from triton.testing import do_bench
+
+        if graphed:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+            call = graph.replay
+        return do_bench(call, rep=self.measurement_ms, return_mode="all")
+
+    def peak_mib(self, call: Callable[[], object]) -> float | None:
+        """Measure the peak extra GPU memory of a call, with its results; None on a CPU."""
+        if not self.on_gpu:
+            return None
+        self.free_memory()
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call()
+        self.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del kept
+        return peak / 2**20
 
     def name(self, stem: str) -> str:
         """Return the name of the results, with _cpu without a GPU, and with a dtype that is not the default."""
-        default = torch.bfloat16 if self.timer.on_gpu else torch.float32
+        default = torch.bfloat16 if self.on_gpu else torch.float32
         dtype = "" if self.dtype == default else f"_{str(self.dtype).removeprefix('torch.')}"
-        return stem + ("" if self.timer.on_gpu else "_cpu") + dtype
+        return stem + ("" if self.on_gpu else "_cpu") + dtype
 
     def floor_ms(self, flops: float, moved_bytes: float) -> float:
         """Return the longer of the minimal times for arithmetic and for memory traffic at the measured rates."""
@@ -248,23 +155,20 @@ class Run:
 
         They are the best medians of three, and facts of the rows.
         """
-        timer = self.timer
-        side = 256 if self.smoke else 2048 if not timer.on_gpu else 4096 if self.dtype == torch.float32 else 8192
+        side = 256 if self.smoke else 2048 if not self.on_gpu else 4096 if self.dtype == torch.float32 else 8192
         left, right = (torch.randn(side, side, device=self.device).to(self.dtype) for _ in range(2))
         product = torch.empty_like(left)
-        numbers = 2**20 if self.smoke else 2**28 if timer.on_gpu else 2**26  # 4, 1024 or 256 MiB
+        numbers = 2**20 if self.smoke else 2**28 if self.on_gpu else 2**26  # 4, 1024 or 256 MiB
         source = torch.randn(numbers, device=self.device)
         target = torch.empty_like(source)
 
-        def best_ms(step: Step) -> float:
-            calls = 30 if timer.on_gpu and not self.smoke else 3
-            timer.sample(step, 3, 1)
-            return min(statistics.median(timer.sample(step, calls, 1)) for _ in range(3))
+        def best_ms(call: Callable[[], object]) -> float:
+            return min(statistics.median(self.sample_ms(call)) for _ in range(3))
 
-        product_ms = best_ms(Step(lambda _: torch.matmul(left, right, out=product)))
-        if not timer.on_gpu:  # the faster of PyTorch's two libraries
-            product_ms = min(product_ms, best_ms(Step(lambda _: onednn_product(left, right))))
-        copy_ms = best_ms(Step(lambda _: target.copy_(source)))
+        product_ms = best_ms(lambda: torch.matmul(left, right, out=product))
+        if not self.on_gpu:  # the faster of PyTorch's two libraries
+            product_ms = min(product_ms, best_ms(lambda: onednn_product(left, right)))
+        copy_ms = best_ms(lambda: target.copy_(source))
         moved = 2 * source.numel() * source.element_size()
         rates = {"matrix_tflops_per_s": 2 * side**3 / product_ms / 1e9, "copy_gb_per_s": moved / copy_ms / 1e6}
         rates = {name: float(f"{rate:.4g}") for name, rate in rates.items()}
@@ -293,7 +197,7 @@ def open_run(options: argparse.Namespace, device: torch.device | None = None) ->
         rounds=1 if options.smoke else options.rounds,
         output=options.output,
         facts=_facts(device),
-        timer=Timer(device, SMOKE_MS if options.smoke else MEASUREMENT_MS),
+        measurement_ms=SMOKE_MS if options.smoke else MEASUREMENT_MS,
     )
 
 
@@ -326,7 +230,7 @@ def run_shapes(
     add_options(parser)
     options = parser.parse_args(argv)
     run = open_run(options)
-    shapes = smoke if options.smoke else on_gpu if run.timer.on_gpu else on_cpu
+    shapes = smoke if options.smoke else on_gpu if run.on_gpu else on_cpu
     chosen = shapes if options.smoke else options.shapes or shapes
     for unknown in set(chosen) - set(shapes):
         parser.error(f"--shapes {unknown}: on this device there are {', '.join(shapes)}")

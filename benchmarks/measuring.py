@@ -4,6 +4,7 @@ A peer that fails or is wrong has rows with the reason. A smoke run does the sam
 and a wall clock.
 """
 
+import statistics
 import sys
 import time
 import warnings
@@ -13,8 +14,9 @@ from functools import cached_property, partial
 from itertools import product
 from typing import ClassVar
 
-from harness import Run, Step, Timing, in_turn
+from harness import Run
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,9 +42,6 @@ class Cost:
     flops: float
     moved_bytes: float
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.moved_bytes + other.moved_bytes)
-
 
 @dataclass(frozen=True)
 class Peer:
@@ -65,32 +64,31 @@ class Problem:
     Forward builds the graph and keeps the activations for backward, as in training.
     """
 
-    hides_host: ClassVar[bool] = True
+    graphed: ClassVar[bool] = True  # timed in CUDA graphs
 
     label: str
     fields: dict[str, object]  # sizes and dtype, for its rows
     drawn: probes.Problem  # inputs, in the peers' order; the output's gradient; the reference
-    cost: dict[str, Cost]  # of "forward" and "backward"
+    cost: dict[str, Cost]  # by pass: "forward" and "forward + backward"
     part: Callable[[Tensor], Tensor] = lambda tensor: tensor  # selects the checked part of a tensor [B, …]
 
-    timed: ClassVar[tuple[str, ...]] = ("forward", "backward", "forward + backward")
+    @property
+    def timed(self) -> tuple[str, ...]:
+        """The passes."""
+        return tuple(self.cost)
 
     def results(self, function: Callable[..., Tensor]) -> list[Tensor]:
         """Return the output and the gradient of every input."""
         return gradients(function, self.drawn.inputs, self.drawn.grad)
 
-    def passes(self, function: Callable[..., Tensor]) -> dict[str, Step]:
-        """Return the steps to time."""
+    def passes(self, function: Callable[..., Tensor]) -> dict[str, Callable[[], object]]:
+        """Return the calls to time."""
         inputs = [tensor.detach().requires_grad_() for tensor in self.drawn.inputs]
 
-        def forward() -> Tensor:
-            return function(*inputs)
+        def both() -> object:
+            return torch.autograd.grad(function(*inputs), inputs, self.drawn.grad)
 
-        def backward(out: Tensor) -> object:
-            return torch.autograd.grad(out, inputs, self.drawn.grad)
-
-        steps = Step(lambda _: forward()), Step(backward, forward), Step(lambda _: backward(forward()))
-        return dict(zip(self.timed, steps, strict=True))
+        return {"forward": lambda: function(*inputs), "forward + backward": both}
 
     @cached_property
     def expected(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -126,11 +124,11 @@ class Problem:
 
     def peak_mib(self, peer: Peer, function: Callable[..., Tensor], run: Run) -> float | None:
         """Measure the memory of all passes together."""
-        return run.timer.peak_mib(lambda: self.results(function))
+        return run.peak_mib(lambda: self.results(function))
 
     def cost_of(self, peer: Peer, what: str) -> Cost:
         """Return the cost of a pass, the same for every peer."""
-        return self.cost.get(what) or self.cost["forward"] + self.cost["backward"]
+        return self.cost[what]
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -145,6 +143,8 @@ def error_in_a_line(error: Exception, caught: Sequence[warnings.WarningMessage] 
 
 def measure_peers(problem: Problem, peers: list[Peer], run: Run) -> list[dict]:
     """Measure every pass and peer of a problem; if the first peer is ours, compare the others with it.
+
+    The peers are measured in turn, several times, so that a slow phase of the machine affects all.
 
     Returns:
         A row for each pass and peer. If the peer did not run, "latency_ms" is None and "reason" is set; "red" is True
@@ -167,20 +167,23 @@ def measure_peers(problem: Problem, peers: list[Peer], run: Run) -> list[dict]:
                 reasons[peer.name] = error_in_a_line(error, caught)
         word = "red" if peer.ours else "n/a"
         print(f"{problem.label}, {peer.name}: {word}, {reasons[peer.name]}", file=sys.stderr, flush=True)
-        run.timer.free_memory()  # outside the handler, where the error no longer keeps tensors alive
-        run.timer.synchronize()
+        run.free_memory()  # outside the handler, where the error no longer keeps tensors alive
+        run.synchronize()
         return None
 
     attempt(peers[0], partial(problem.gate, run))
-    functions, facts, steps = {}, {}, {}
+    functions, facts, calls = {}, {}, {}
     for peer in peers:
         if run.smoke and peer.compiles:
             reasons[peer.name] = "not part of a smoke run"
         functions[peer.name], facts[peer.name] = attempt(peer, partial(_first_call, problem, peer, run)) or (None, {})
     for what, peer in product(problem.timed, peers):
         if peer.name not in reasons:
-            steps[what, peer] = problem.passes(functions[peer.name])[what]
-    samples = in_turn(run.timer, steps, run.rounds, problem.hides_host, lambda key, action: attempt(key[1], action))
+            calls[what, peer] = problem.passes(functions[peer.name])[what]
+    samples: dict[tuple, list[float]] = {key: [] for key in calls}
+    for _ in range(run.rounds):
+        for (what, peer), call in calls.items():
+            samples[what, peer] += attempt(peer, partial(run.sample_ms, call, problem.graphed)) or []
     rows = []
     for what, peer in product(problem.timed, peers):
         cost, reason = problem.cost_of(peer, what), reasons.get(peer.name)
@@ -190,11 +193,11 @@ def measure_peers(problem: Problem, peers: list[Peer], run: Run) -> list[dict]:
         if reason is not None:
             rows.append(row | {"red": peer.ours})
             continue
-        timing, calls = Timing.of(samples[what, peer]), len(samples[what, peer])
-        row |= {"latency_ms": timing.median, "low_ms": timing.low, "high_ms": timing.high, "calls": calls}
-        row |= {"tflops_per_s": cost.flops / timing.median / 1e9, "of_floor": row["floor_ms"] / timing.median}
+        low_ms, latency_ms, high_ms = np.quantile(samples[what, peer], (0.2, 0.5, 0.8)).tolist()
+        row |= {"latency_ms": latency_ms, "low_ms": low_ms, "high_ms": high_ms, "calls": len(samples[what, peer])}
+        row |= {"tflops_per_s": cost.flops / latency_ms / 1e9, "of_floor": row["floor_ms"] / latency_ms}
         compared = peers[0].ours and peers[0].name not in reasons
-        row["ours_faster"] = timing.median / Timing.of(samples[what, peers[0]]).median if compared else None
+        row["ours_faster"] = latency_ms / statistics.median(samples[what, peers[0]]) if compared else None
         rows.append(row | facts[peer.name])
     return rows
 
@@ -204,7 +207,7 @@ def _first_call(problem: Problem, peer: Peer, run: Run) -> tuple[Callable, dict]
     start = time.perf_counter()
     function = peer.build()
     results = problem.results(function)
-    run.timer.synchronize()
+    run.synchronize()
     facts = {"first_call_s": time.perf_counter() - start}
     facts["error"] = problem.check(peer, results, partial(problem.results, function))
     del results

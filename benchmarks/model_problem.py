@@ -19,7 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import ClassVar
 
-from harness import Run, Step, peak_mib
+from harness import Run, peak_mib
 
 import torch
 import torch.nn.functional as F
@@ -241,7 +241,7 @@ def cost(peer: str, size: Size, what: str, dtype: torch.dtype) -> Cost:
 class ModelProblem:
     """A model, its batch and one pass."""
 
-    hides_host: ClassVar[bool] = False  # a slow host counts
+    graphed: ClassVar[bool] = False  # a slow host counts
 
     label: str  # name in messages
     size: Size
@@ -265,9 +265,9 @@ class ModelProblem:
             trial.outcome()
         return trial.outcome()
 
-    def passes(self, trial: Trial) -> dict[str, Step]:
-        """Return the step to time."""
-        return {self.what: Step(lambda _: trial.step())}
+    def passes(self, trial: Trial) -> dict[str, Callable[[], object]]:
+        """Return the call to time."""
+        return {self.what: trial.step}
 
     def check(self, peer: Peer, results: dict[str, Tensor], _ours: object) -> None:
         """Raise WrongResult if a peer differs from the truth, or is not finite."""
@@ -293,8 +293,8 @@ class ModelProblem:
         trial.model.zero_grad(set_to_none=True)
         if peer.name.endswith(GRAPHS):
             return None
-        if run.timer.on_gpu:
-            return run.timer.peak_mib(trial.step)
+        if run.on_gpu:
+            return run.peak_mib(trial.step)
         if peer.compiles or run.smoke or peer.name == ONNX:
             return None
         return peak_mib(partial(_fresh_step, replace(self, state=None, truth={}), peer.name))
@@ -307,7 +307,7 @@ class ModelProblem:
 
     def _outcome(self, peer: str, cast: torch.dtype | None, run: Run) -> dict[str, Tensor]:
         outcome = Trial(self, peer, cast).outcome()
-        run.timer.free_memory()
+        run.free_memory()
         return outcome
 
     def gate(self, run: Run) -> None:
@@ -316,7 +316,7 @@ class ModelProblem:
         with suppress(torch.OutOfMemoryError):
             truth = self._outcome(RELEASED, None, run)
         if truth is None:
-            run.timer.free_memory()
+            run.free_memory()
             reference, truth = UNFUSED, self._outcome(UNFUSED, None, run)
         self.truth, self.fields["compared_with"] = truth, reference
         tight = self.allowed = TIGHT | ({WORST: 0.05} if self.size.masked else {})

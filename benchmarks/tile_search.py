@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 
-from harness import Step, Timer
+from harness import Run
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from crate_fast.kernels.launch import Launch, Tile, architecture, find, recorded
 from crate_fast.reference import subspace_attention_reference
 
 TOLERANCE = 2e-2  # relative norm of the difference from float64; bf16 rounds to 4e-3
-CALLS = 30  # per measurement
 CHECKED_ROWS = 512  # at each end of a product
 REHEARSED = bool(os.environ.get("GPU_CHECK_REHEARSE"))
 TIMED = {"short": (256, 197, 12), "long": (64, 785, 12), "rows": 256 * 197}  # B, N, H: B16 and B8
@@ -240,20 +239,15 @@ def _run_once(problem: Problem, tile: Tile) -> tuple[list, float]:
     return [kernel for kernel in compiled if kernel is not None], error  # None in the interpreter
 
 
-def time_tile(item: dict, timer: Timer) -> dict:
+def time_tile(item: dict, run: Run) -> dict:
     """Time a candidate and PyTorch's alternative on each problem; "latency_ms" is the geometric mean."""
     shapes, others = {}, {}
     for problem in problems(item["kernel"]):
         _run_once(problem, Tile(**item["tile"]))
         launches = problem.plan(Tile(**item["tile"]))
-        shapes[problem.name] = _milliseconds(timer, lambda launches=launches: [launch.run() for launch in launches])
+        samples = run.sample_ms(lambda launches=launches: [launch.run() for launch in launches])
+        shapes[problem.name] = statistics.median(samples)
         if problem.alternative is not None and item["present"]:
-            others[problem.name] = _milliseconds(timer, problem.alternative)
+            others[problem.name] = statistics.median(run.sample_ms(problem.alternative))
     mean = math.prod(shapes.values()) ** (1 / len(shapes))
     return {"latency_ms": mean, "shapes": shapes, "alternative": others or None}
-
-
-def _milliseconds(timer: Timer, call: Callable[[], object]) -> float:
-    step = Step(lambda _: call())
-    calls, flushes = (CALLS, timer.plan(step)[1]) if timer.on_gpu else (1, 0)
-    return statistics.median(timer.sample(step, calls, flushes))

@@ -223,27 +223,19 @@ def run(_opened_run, tmp_path):
 
 
 @pytest.fixture
-def pretended_gpu(monkeypatch):
-    """Timer that runs the GPU code path on a CPU. Its events are 1 ms apart."""
-    import harness
+def pretended_gpu(run, monkeypatch):
+    """A benchmark's run that takes the GPU's code path on a CPU; a measurement calls once and finds 5 times 1 ms."""
+    from triton import testing
 
-    clock = iter(range(10**6))
+    def do_bench(call, rep, return_mode):
+        assert return_mode == "all"
+        call()
+        return 5 * [1.0]
 
-    class Event(Namespace):
-        def record(self):
-            self.time = next(clock)
-
-        def elapsed_time(self, end):
-            assert self.enable_timing
-            return float(end.time - self.time)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    wall_ms = harness.Timer._wall_ms
-    monkeypatch.setattr(harness.Timer, "_wall_ms", lambda timer, step: 0.0 * wall_ms(timer, step) + 0.1)
+    monkeypatch.setattr(testing, "do_bench", do_bench)
+    monkeypatch.setattr(type(run), "on_gpu", True)
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**20)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", lambda size, dtype, device: torch.zeros(8, dtype=dtype))
-        return harness.Timer(torch.device("cuda"))
+    return run

@@ -3,6 +3,7 @@
 import itertools
 import json
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -38,7 +39,8 @@ def test_the_smoke_run_measures_every_peer_of_every_table_and_writes_nothing(cap
 
 def test_only_the_named_models_are_measured(run, monkeypatch):
     measured = {}
-    monkeypatch.setattr(harness, "open_run", lambda _: replace(run, smoke=False, timer=Namespace(on_gpu=True)))
+    monkeypatch.setattr(harness, "open_run", lambda _: replace(run, smoke=False))
+    monkeypatch.setattr(harness.Run, "on_gpu", True)
     monkeypatch.setattr(harness.Run, "measure_ceilings", lambda _: None)
     monkeypatch.setattr(bench_model, "measure", lambda table, sizes, _: measured.update({table: [*sizes]}) or True)
     assert bench_model.main(["--models", "N = 785", "B/16", "T/16"]) == 0
@@ -52,11 +54,11 @@ def test_benchmarked_models_have_the_papers_sizes():
     assert [size.n_tokens for size in bench_model.GROWTH.values()] == [197, 785, 3601, 16385]
 
 
-def test_a_measurement_on_a_gpu_fills_every_column(run, pretended_gpu, monkeypatch):
-    run.timer, pretended_gpu.measurement_ms = pretended_gpu, 5.0
+def test_a_measurement_on_a_gpu_fills_every_column(pretended_gpu, monkeypatch):
+    run = pretended_gpu
     monkeypatch.setitem(bench_model.PEERS, "crate", [OURS])
     assert bench_model.measure("crate", {"tiny": TINY}, run)
-    known = {"latency_ms": 1.0, "calls": 5, "peak_mib": 2.0, "images_per_s": 3000}  # a round of 5 ms, without pauses
+    known = {"latency_ms": 1.0, "calls": 5, "peak_mib": 2.0, "images_per_s": 3000}
     for row in run.rows:
         assert known.items() <= row.items()
         assert row["mfu"] == pytest.approx(row["flops"] / 1e9)
@@ -170,7 +172,7 @@ def test_a_smoke_run_measures_its_peers_and_writes_nothing(bench, capsys, monkey
     if bench is bench_ista:
         problems, peers = ["tiny ista", "tiny norm_ista"], bench_ista.peers("ista")
     elsewhere = () if torch.cuda.is_available() else ("SDPA, cuDNN", "SDPA, efficient")  # only on a GPU
-    for problem, what, peer in itertools.product(problems, ("forward", "backward", BOTH), peers):
+    for problem, what, peer in itertools.product(problems, ("forward", BOTH), peers):
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {problem} | {what} | {peer.name} |")]
         assert (" n/a " in line) == (peer.compiles or peer.name in elsewhere)
 
@@ -235,14 +237,15 @@ def test_operations_bytes_and_floors_by_hand(run):
     problem = bench_mssa.make_problem("cost", bench_mssa.Shape(2, 3, 70, 48), run)
     cost = problem.cost
     nominal = 70**2 * 48 * 3 * 2
-    assert (cost["forward"].flops, cost["backward"].flops) == (4 * nominal, 10 * nominal)
+    assert (cost["forward"].flops, cost[BOTH].flops) == (4 * nominal, 14 * nominal)
     tokens = 4 * 2 * 70 * 3 * 48
-    assert (cost["forward"].moved_bytes, cost["backward"].moved_bytes) == (2 * tokens, 4 * tokens)
-    assert problem.cost_of(bench_mssa.PEERS[0], BOTH) == cost["forward"] + cost["backward"]
+    assert (cost["forward"].moved_bytes, cost[BOTH].moved_bytes) == (2 * tokens, 6 * tokens)
+    assert problem.cost_of(bench_mssa.PEERS[0], BOTH) == cost[BOTH]
     cost = bench_ista.make_problem("cost", bench_ista.Shape(70, 48), "norm_ista", run).cost
     product, fold = 2 * 70 * 48**2, 2 * 48**3
-    assert (cost["forward"].flops, cost["backward"].flops) == (product + fold, 2 * product + fold)
+    assert (cost["forward"].flops, cost[BOTH].flops) == (product + fold, 3 * product + 2 * fold)
     assert cost["forward"].moved_bytes == 4 * (2 * 70 * 48 + 48**2)
+    assert cost[BOTH].moved_bytes == 3 * cost["forward"].moved_bytes
     assert run.floor_ms(1e12, 1e6) == pytest.approx(1000.0)  # at 1 TFLOP/s and 100 GB/s
     assert run.floor_ms(1e9, 1e9) == pytest.approx(10.0)
 
@@ -267,7 +270,7 @@ def test_a_failing_or_wrong_peer_has_rows_with_the_reason_until_the_gpu_fails(ru
     ]
     problem = bench_mssa.make_problem("p", bench_mssa.Shape(1, 2, 33, 32), run)
     run.rows = measure_peers(problem, peers, run)
-    assert len(run.rows) == 3 * len(peers)
+    assert len(run.rows) == 2 * len(peers)
     reasons = {row["peer"]: row["reason"] for row in run.rows}
     assert all("out of memory" in reasons[name] for name in ("fails", "fails later"))
     assert "differs from float64" in reasons["wrong"]
@@ -282,16 +285,30 @@ def test_a_failing_or_wrong_peer_has_rows_with_the_reason_until_the_gpu_fails(ru
     assert "out of memory" in rows["ours"]["reason"]
     assert rows["right"]["latency_ms"] > 0
     assert rows["right"]["ours_faster"] is None
-    monkeypatch.setattr(run.timer, "synchronize", fail)  # the GPU no longer responds to this process
+    monkeypatch.setattr(harness.Run, "synchronize", lambda _: fail())  # the GPU no longer responds to this process
     with pytest.raises(torch.OutOfMemoryError):
         measure_peers(problem, peers, run)
 
 
-def test_gpu_events_time_the_call_without_preparing_its_argument(pretended_gpu):
-    seen = []
-    step = harness.Step(lambda argument: seen.append(f"call {argument}"), lambda: seen.append("prepare") or "it")
-    assert pretended_gpu.sample(step, 2, 3) == [1.0, 1.0]
-    assert seen == ["prepare", "call it"] * 2
-    # 100 ms in all, of 1 ms for the call and 1 ms for overwriting the cache
-    assert pretended_gpu.plan(step) == (50, 1)
+def test_peers_are_measured_in_turn(run, monkeypatch):
+    turns = []
+
+    def attend(w, name):
+        turns.append(name)
+        return _attend(w)
+
+    monkeypatch.setattr(harness.Run, "sample_ms", lambda _, call, graphed: [float(call() is not None)])
+    problem, run.rounds = bench_mssa.make_problem("p", bench_mssa.Shape(1, 1, 33, 32), run), 3
+    measure_peers(problem, [Peer(name, lambda name=name: partial(attend, name=name)) for name in "ab"], run)
+    assert "".join(turns).endswith(2 * run.rounds * "ab")
+
+
+def test_operators_on_a_gpu_are_timed_in_a_cuda_graph(pretended_gpu, monkeypatch):
+    graph = Namespace(replay=lambda: seen.append("replay"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda captured: nullcontext(seen.append("capture")))
+    for graphed, expected in ((False, ["call"]), (True, ["capture", "call", "replay"])):
+        seen = []
+        assert pretended_gpu.sample_ms(lambda seen=seen: seen.append("call"), graphed) == 5 * [1.0]
+        assert seen == expected
     assert pretended_gpu.peak_mib(lambda: None) == 2.0

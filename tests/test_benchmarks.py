@@ -42,14 +42,6 @@ def test_committed_results_have_no_absolute_paths():
         assert not re.search(r"[ '\"=](/|~)", json.loads(path.read_text())["command"]), path
 
 
-def test_candidates_are_timed_in_turn():
-    calls = []
-    timings = harness.interleaved({name: (lambda name=name: calls.append(name)) for name in "ab"}, 3)
-    turns = "".join(name for name, _ in itertools.groupby(calls))  # a measurement is several calls
-    assert turns == (1 + 1 + 3) * "ab"  # a first call, one that plans, three rounds
-    assert all(0 < timing.low <= timing.median <= timing.high for timing in timings.values())
-
-
 def test_peak_memory_is_that_of_the_call():
     """The fresh process imports harness.py alone; for a function of this file it would import every benchmark."""
     allocate = functools.partial(functools.partial, np.ones, (64, 2**17))
@@ -101,10 +93,10 @@ def _item(kernel: str) -> dict:
 
 @small_problems
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_right_candidate_is_timed_on_every_problem(kernel):
+def test_a_right_candidate_is_timed_on_every_problem(kernel, run):
     found = tile_search.warm(_item(kernel))
     assert 0 < found["error"] < 5e-3
-    timed = tile_search.time_tile(_item(kernel), harness.Timer(torch.device("cpu")))
+    timed = tile_search.time_tile(_item(kernel), run)
     assert timed["shapes"].keys() == {problem.name for problem in tile_search.problems(kernel)}
     assert min(timed["shapes"].values()) <= timed["latency_ms"] <= max(timed["shapes"].values())
     assert (timed["alternative"] is not None) == (kernel == "output_map")

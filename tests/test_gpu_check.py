@@ -171,11 +171,10 @@ def test_faults_cost_only_themselves(check):
 def test_a_worker_opens_the_gpu_before_its_first_item_begins(tmp_path, monkeypatch):
     """Opening it takes seconds, which must not count in an item's time limit."""
     rows, begun = gpu_worker.Rows(tmp_path / "rows.jsonl"), []
-    timer = Namespace(free_memory=lambda: None, synchronize=lambda: None)
 
     def opened():
         begun.append(gpu_report.read_rows(tmp_path / "rows.jsonl"))
-        return Namespace(timer=timer, measure_ceilings=lambda: None)
+        return Namespace(free_memory=lambda: None, synchronize=lambda: None, measure_ceilings=lambda: None)
 
     monkeypatch.setattr(gpu_worker, "_open_run", opened)
     monkeypatch.setattr(gpu_worker.Worker, "crash", lambda worker, _: worker.run)
@@ -198,8 +197,8 @@ def test_a_probe_that_fails_during_compilation_is_reported(tmp_path, monkeypatch
         if poisoned:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    timer = Namespace(free_memory=lambda: None, synchronize=synchronize)
-    monkeypatch.setattr(gpu_worker, "_open_run", lambda: Namespace(device="cuda", timer=timer))
+    run = Namespace(device="cuda", free_memory=lambda: None, synchronize=synchronize)
+    monkeypatch.setattr(gpu_worker, "_open_run", lambda: run)
     monkeypatch.setattr(probes, "run_probe", lambda *_, **__: {"status": "failed: RuntimeError: CUDA error"})
     worker = gpu_worker.Worker("warm", gpu_worker.Rows(tmp_path / "rows.jsonl"))
     with pytest.raises(SystemExit, match="a has poisoned this process") if poisoned else nullcontext():
