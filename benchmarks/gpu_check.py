@@ -38,7 +38,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_report import NO_GPU, found_tiles, kept_of, pack, read_rows, without_whole_heads
+from gpu_report import NO_GPU, Rows, found_tiles, kept_of, pack, without_whole_heads
 from isolation import Job, Process, run_jobs, tail
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,13 +86,11 @@ class Check:
         self.logs = self.folder / "logs"
         for folder in (self.output, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
-        self.rows_file = self.folder / "rows.jsonl"
-        self.rows_file.touch()
-        self.stage = "start"
+        self.rows = Rows(str(self.folder / "rows.jsonl"), "start", time.time())
+        Path(self.rows.path).touch()
         self.soft = self.hard = self.end  # deadlines of a stage: for starting jobs, for ending them
         self.cores = os.cpu_count() or 2
         self.items: dict[str, list[dict]] = {}  # by kind
-        self.taken: set[Path] = set()  # files of workers whose rows were collected
         self.assemblers: dict[str, dict] = {"again": {}}  # runs of a red probe and their environments
         self.environment = self._environment(options.work)
 
@@ -114,43 +112,17 @@ class Check:
         tiles = {"CRATE_FAST_TILES": str(found)} if self.part == "second" and found is not None else {}
         return tiles | kept | added
 
-    # --- rows -----------------------------------------------------------------------------------------------------
-
-    def row(self, item: str, status: str, reason: str | None = None, **more: object) -> None:
-        """Append a row; `status` is "ok", "red" (ours is wrong or fails) or "n/a"."""
-        line = {"stage": self.stage, "item": item, "status": status, "reason": reason, **more}
-        line["at_s"] = round(time.monotonic() - self.started, 1)
-        with open(self.rows_file, "a") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        if status == "red":
-            print(f"  red: {item}: {str(reason)[:200]}", flush=True)
-
-    def rows(self) -> list[dict]:
-        """Return the rows so far."""
-        return read_rows(self.rows_file)
-
-    def collect(self, path: Path) -> tuple[set[str], str | None]:
-        """Copy the rows of a worker that has ended; return its finished items and the unfinished one."""
-        self.taken.add(path)
-        lines = read_rows(path)
-        for line in lines:
-            if "item" in line:
-                self.row(**line)
-        ended = {line["end"] for line in lines if "end" in line}
-        begun = [line["begin"] for line in lines if "begin" in line and line["begin"] not in ended]
-        return ended, begun[-1] if begun else None
-
     # --- processes ------------------------------------------------------------------------------------------------
 
     def start(self, job: Job) -> Process:
         """Start a job, which ends with its stage at the latest."""
-        return Process(job, ROOT, self.logs, self.environment, self.hard)
+        return Process(job, ROOT, self.logs, self.environment | self.rows.variables(), self.hard)
 
     def run(self, jobs: Iterable[Job], done: Callable, parallel: int) -> None:
         """Run jobs until the stage ends; add a row for each job that was not started."""
         for job in run_jobs(jobs, self.start, done, parallel, self.soft):
             for name in [item["name"] for item in job.items] or [job.name]:
-                self.row(name, "n/a", NO_TIME)
+                self.rows.add(name, "n/a", NO_TIME)
 
     def worker(self, *words: str, name: str, limit_s: float, **options) -> Job:
         """Make a job of gpu_worker.py. It compares with float64 itself, so the check of first launches is off."""
@@ -160,13 +132,13 @@ class Check:
     def items_job(self, items: list[dict], mode: str, stall_s: float, nice: int = 0) -> Job:
         """Make a worker's job for these items, done in order; `nice` lowers its priority."""
         number = len(list(self.folder.glob("items_*.json")))
-        listed, rows = self.folder / f"items_{number}.json", self.folder / f"rows_{number}.jsonl"
+        listed, begun = self.folder / f"items_{number}.json", self.folder / f"begun_{number}"
         listed.write_text(json.dumps(items))
         until = time.time() + self.soft - time.monotonic()
-        words = ("items", "--mode", mode, "--items", str(listed), "--rows", str(rows), "--until", str(until))
+        words = ("items", "--mode", mode, "--items", str(listed), "--begun", str(begun), "--until", str(until))
         words += ("--stall", str(stall_s), "--nice", str(nice))
-        name = f"{self.stage}_{mode}_{number}"
-        return self.worker(*words, name=name, limit_s=1e6, beat=rows, stall_s=stall_s, items=items)
+        name = f"{self.rows.stage}_{mode}_{number}"
+        return self.worker(*words, name=name, limit_s=1e6, beat=begun, stall_s=stall_s, items=items)
 
     def work_through(
         self, items: list[dict], mode: str, workers: int, stall_s: float, more: Sequence[Job] = ()
@@ -181,24 +153,25 @@ class Check:
         self.run([*more, *jobs], lambda process: self.after_items(process, mode, stall_s), workers + len(more))
 
     def after_items(self, process: Process, mode: str, stall_s: float, nice: int = 0) -> list[Job]:
-        """Collect the rows of a worker that has ended; return the job for its remaining items."""
-        ended, current = self.collect(process.job.beat)
+        """Add a row for the item that ended its worker, if any; return the job for its remaining items."""
+        begun = process.job.beat.read_text().splitlines()
         items, reason = process.job.items, f"{process.reason}: {tail(process.log)}"
-        left = [item for item in items if item["name"] not in ended | {current}]
-        if current is not None:
+        left = [item for item in items if item["name"] not in begun]
+        if process.reason is not None and begun and begun[-1]:
+            current = begun[-1]
             (item,) = [item for item in items if item["name"] == current]
             peers = item.get("peers", ["ours"])
             late = str(process.reason).startswith("timed out after")  # the stage has ended
             if len(peers) > 1 and not late:  # find the peer that ended it
-                self.row(current, "n/a", f"ended its worker, so its peers are tried one by one: {reason}")
+                self.rows.add(current, "n/a", f"ended its worker, so its peers are tried one by one: {reason}")
                 alone = [item | {"name": f"{current}: {peer}", "peers": [peer]} for peer in peers]
                 left += alone[::-1]  # ours, the likely cause, last
             else:
                 ours = peers[0].startswith("ours") and item.get("present", True)  # not a candidate tile
-                self.row(current, "red" if ours and not late else "n/a", reason, **kept_of(item))
+                self.rows.add(current, "red" if ours and not late else "n/a", reason, **kept_of(item))
         elif len(left) == len(items) and process.reason is not None:  # it did not begin
             for item in left:
-                self.row(item["name"], "n/a", f"its worker did not start: {reason}")
+                self.rows.add(item["name"], "n/a", f"its worker did not start: {reason}")
             return []
         return [self.items_job(left, mode, stall_s, nice)] if left else []
 
@@ -212,14 +185,14 @@ class Check:
             wanted = sum(later.seconds for later in stages[index:])
             last = index == len(stages) - 1
             share = max(0.0, left - stage.grace if last else stage.seconds * left / wanted)
-            self.stage = stage.name
+            self.rows.stage = stage.name
             self.soft, self.hard = now + share, min(self.end, now + share + stage.grace)
             print(f"== {stage.name}: {share:.0f} s, after {now - self.started:.0f} s", flush=True)
             for action in (stage.run, Check.pack):  # packed each time, in case the program is killed early
                 try:
                     action(self)
                 except Exception:
-                    self.row(stage.name, "red", f"the check's own error: {traceback.format_exc()}")
+                    self.rows.add(stage.name, "red", f"the check's own error: {traceback.format_exc()}")
 
     @contextmanager
     def clocks_logged(self):
@@ -234,9 +207,7 @@ class Check:
 
     def pack(self) -> str:
         """Write the archive and the summary; return the summary."""
-        for path in set(self.folder.glob("rows_*.jsonl")) - self.taken:
-            self.collect(path)  # workers of an interrupted stage
-        return pack(self.rows(), self.part, self.folder, self.output)
+        return pack(self.rows.read(), self.part, self.folder, self.output)
 
 
 # --- stages -------------------------------------------------------------------------------------------------------
@@ -244,9 +215,8 @@ class Check:
 
 def environment(check: Check) -> None:
     """Record the versions and the card, list the items of all stages, and test the assembler in .gpu/."""
-    items, rows = check.folder / "items.json", check.folder / "rows_environment.jsonl"
-    words = ("environment", "--rows", str(rows), "--into", str(items))
-    jobs = [check.worker(*words, name="environment", limit_s=150)]
+    items = check.folder / "items.json"
+    jobs = [check.worker("environment", "--into", str(items), name="environment", limit_s=150)]
     trial, ptxas = check.folder / "trial.json", check.folder / "ptxas"
     carried = dict.fromkeys(PTXAS_VARIABLES, str(ptxas))
     if not check.rehearse:
@@ -256,28 +226,27 @@ def environment(check: Check) -> None:
                 ptxas.write_bytes(lzma.decompress((CARRIED / PTXAS).read_bytes()))
                 version = _ptxas_version(ptxas)
             except (OSError, EOFError, lzma.LZMAError, subprocess.SubprocessError) as error:
-                check.row("carried assembler", "red", f"Triton's own is used: {type(error).__name__}: {error}")
+                check.rows.add("carried assembler", "red", f"Triton's own is used: {type(error).__name__}: {error}")
             else:
                 jobs += [Job("assembler", _probe(TRIAL, trial, "--reruns", "2"), 90, carried)]
                 check.assemblers["carried assembler"] = carried
         else:
-            check.row("carried assembler", "red", "no .gpu/ptxas.xz: run gpu_check.py prepare and carry .gpu")
+            check.rows.add("carried assembler", "red", "no .gpu/ptxas.xz: run gpu_check.py prepare and carry .gpu")
 
     def done(process: Process) -> None:
         if process.reason is not None:
-            check.row(process.job.name, "red", f"{process.reason}: {tail(process.log)}")
+            check.rows.add(process.job.name, "red", f"{process.reason}: {tail(process.log)}")
 
     check.run(jobs, done, parallel=len(jobs))
-    check.collect(rows)
     if trial.exists():
         found = json.loads(trial.read_text())
         if found["status"] == "right":
             check.environment |= carried
             del check.assemblers["carried assembler"]
             check.assemblers["Triton's assembler"] = dict.fromkeys(PTXAS_VARIABLES)
-            check.row("carried assembler", "ok", facts={"ptxas": version})
+            check.rows.add("carried assembler", "ok", facts={"ptxas": version})
         else:
-            check.row("carried assembler", "n/a", f"Triton's own is used: {found['status']}")
+            check.rows.add("carried assembler", "n/a", f"Triton's own is used: {found['status']}")
     if not check.rehearse and PTXAS_VARIABLES[0] not in check.environment:
         # else torch.compile would use the assembler in torch's wheel
         own = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -286,9 +255,9 @@ def environment(check: Check) -> None:
         check.items = json.loads(items.read_text())
     elif NO_GPU in tail(check.logs / "environment.log"):
         raise TimeUp(NO_GPU)
-    red = [row["item"] for row in check.rows() if row["status"] == "red"]
+    red = [row["item"] for row in check.rows.read() if row["status"] == "red"]
     if "tile table" in red and check.environment.pop("CRATE_FAST_TILES", None):
-        check.row("found tiles", "n/a", "their file cannot be used: the table's own tiles run instead")
+        check.rows.add("found tiles", "n/a", "their file cannot be used: the table's own tiles run instead")
 
 
 def _probe(name: str, into: Path, *words: str) -> list[str]:
@@ -344,7 +313,7 @@ def probes(check: Check) -> None:
             return check.after_items(process, "warm", 90.0, nice=10)
         name, limit_s = process.job.name, process.job.limit_s
         if str(process.reason).startswith("timed out after") and process.seconds < limit_s:  # the stage has ended
-            check.row(name, "n/a", NO_TIME)
+            check.rows.add(name, "n/a", NO_TIME)
             return []
         found = json.loads(files[name].read_text()) if files[name].exists() else {}
         status = found.get("status")
@@ -354,7 +323,7 @@ def probes(check: Check) -> None:
             reason += f": {found['share']:.2g} of the error that is allowed, reruns equal: {found['reruns_equal']}"
         again = name not in chosen
         status = "ok" if right else "n/a" if again else "red"
-        check.row(name, status, None if right else reason, **{"again" if again else "probe": found})
+        check.rows.add(name, status, None if right else reason, **{"again" if again else "probe": found})
         if right or again or len(retried) == RETRIED:
             return []
         retried.append(name)
@@ -374,7 +343,7 @@ def timings(check: Check) -> None:
 
 def tiles(check: Check) -> None:
     """Time the candidates that compile, fit and do not spill; the next stages use the best, in found_tiles.json."""
-    warmed = {row["item"]: row for row in check.rows() if row["stage"] == "warm"}
+    warmed = {row["item"]: row for row in check.rows.read() if row["stage"] == "warm"}
     kept = []
     for item in check.items.get("tiles", []):
         row = warmed.get(item["name"], {"status": "n/a", "reason": NO_TIME})
@@ -383,11 +352,11 @@ def tiles(check: Check) -> None:
         if late or (row["status"] == "ok" and not spills):
             kept.append(item)
         else:
-            check.row(item["name"], "n/a", f"left out: {row['reason'] or 'it spills registers'}")
+            check.rows.add(item["name"], "n/a", f"left out: {row['reason'] or 'it spills registers'}")
     try:
         check.work_through(kept, "time", 1, 10.0)
     finally:
-        rows = check.rows()
+        rows = check.rows.read()
         found = found_tiles(row for row in rows if row["stage"] in ("warm", "tiles"))
         served = {item["probe"] for item in check.items.get("probes", []) if item.get("whole_heads")}
         if any(row["status"] == "red" and row["item"] in served for row in rows if row["stage"] == "probes"):
@@ -401,25 +370,22 @@ def tiles(check: Check) -> None:
 
 def tests(check: Check) -> None:
     """Run the GPU tests with a time limit each, in parallel if pytest-xdist is installed."""
-    rows = check.folder / "rows_tests.jsonl"
-    rows.touch()
     words = ["-p", "no:cacheprovider", "-p", "gpu_worker", "-q", "-m", "gpu", "-o", "faulthandler_timeout=50"]
     words += ["--continue-on-collection-errors", "-o", "addopts="]  # those of pyproject.toml need pytest-benchmark
     if not check.rehearse and importlib.util.find_spec("xdist"):
         words += ["-n", str(max(1, check.cores // 2)), "--max-worker-restart", "20"]
     if importlib.util.find_spec("pytest_timeout"):
         words += ["--timeout", "110", "--timeout-method", "thread"]  # torch.compile takes most of a minute
-    environment = {"GPU_CHECK_ROWS": str(rows)} | ({} if check.rehearse else {"CRATE_FAST_REQUIRE_GPU": "1"})
+    environment = {} if check.rehearse else {"CRATE_FAST_REQUIRE_GPU": "1"}
     files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: path.name != "test_gpu.py")
     files = files[:1] if check.rehearse else [path for path in files if "mark.gpu" in path.read_text()]
     job = Job("tests", [sys.executable, "-m", "pytest", *words, *map(str, files)], 1e6, environment)
 
     def done(process: Process) -> None:
-        check.collect(rows)
         if str(process.reason).startswith("timed out"):
-            check.row("the other tests", "n/a", NO_TIME)
+            check.rows.add("the other tests", "n/a", NO_TIME)
         elif process.reason not in (None, "exit status 1"):  # 1: failed tests, which have their rows
-            check.row("pytest", "red", f"{process.reason}: {tail(process.log)}")
+            check.rows.add("pytest", "red", f"{process.reason}: {tail(process.log)}")
 
     check.soft = check.hard  # the only job has all of the time
     check.run([job], done, 1)
@@ -434,7 +400,7 @@ def counters(check: Check) -> None:
     """Read hardware counters of the kernels with ncu."""
     tool = shutil.which("ncu")
     if tool is None:
-        check.row("ncu", "n/a", "ncu is not here")
+        check.rows.add("ncu", "n/a", "ncu is not here")
         return
     command = [tool, "--profile-from-start", "off", "--clock-control", "none"]
     for section in ("SpeedOfLight", "Occupancy", "LaunchStats", "WarpStateStats", "ComputeWorkloadAnalysis"):
@@ -444,9 +410,9 @@ def counters(check: Check) -> None:
 
     def done(process: Process) -> None:
         if process.reason is None:
-            check.row("ncu", "ok", output=process.log.read_text(errors="replace"))
+            check.rows.add("ncu", "ok", output=process.log.read_text(errors="replace"))
         else:
-            check.row("ncu", "n/a", f"{process.reason}: {tail(process.log)}")
+            check.rows.add("ncu", "n/a", f"{process.reason}: {tail(process.log)}")
 
     check.run([Job("ncu", command, 60.0)], done, 1)
 
@@ -541,7 +507,7 @@ def main(argv: list[str] | None = None) -> int:
         with nullcontext() if check.rehearse else check.clocks_logged():
             check.go([stage for stage in PARTS[options.part] if stage.name in wanted])
     except TimeUp as reason:
-        check.row("check", "n/a", f"stopped by {reason}")
+        check.rows.add("check", "n/a", f"stopped by {reason}")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import tarfile
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 NO_GPU = "PyTorch finds no GPU"
@@ -20,17 +23,47 @@ MODELS_CAPTION = (
 TILE_KEY = ("kernel", "architecture", "precision", "block_d")
 
 
-def read_rows(path: Path) -> list[dict]:
-    """Read lines of JSON, except incomplete ones; return no rows if there is no file."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            rows += [row] if isinstance(row, dict) else []
-    return rows
+class Rows:
+    """The rows of a check: lines of JSON in a file, to which all of its processes append."""
+
+    def __init__(self, path: str, stage: str, started: float):
+        self.path, self.stage, self.started = path, stage, started
+
+    @classmethod
+    def of_environment(cls) -> "Rows":
+        """Return the rows of the process that started this one."""
+        return cls(*json.loads(os.environ["GPU_CHECK_ROWS"]))
+
+    def variables(self) -> dict[str, str]:
+        """Return the variable for `of_environment`."""
+        return {"GPU_CHECK_ROWS": json.dumps([self.path, self.stage, self.started])}
+
+    def add(self, item: str, status: str, reason: str | None = None, **more: object) -> None:
+        """Append a row; `status` is "ok", "red" (ours is wrong or fails) or "n/a"."""
+        line = {"stage": self.stage, "item": item, "status": status, "reason": reason, **more}
+        line["at_s"] = round(time.time() - self.started, 1)
+        with open(self.path, "ab", buffering=0) as file:  # in one piece, beside those of others
+            file.write(f"{json.dumps(line, ensure_ascii=False, default=str)}\n".encode())
+
+    def fail(self, item: str, error: Exception, red: bool = True, **more: object) -> None:
+        """Append an error."""
+        from measuring import error_in_a_line
+
+        self.add(item, "red" if red else "n/a", error_in_a_line(error), **more)
+
+    def measured(self, item: str, bench: str, rows: list[dict]) -> None:
+        """Append the rows of a benchmark, which become part of its results."""
+        for row in rows:
+            status = "red" if row.get("red") else "n/a" if row["latency_ms"] is None else "ok"
+            self.add(f"{item}: {row['pass']}, {row['peer']}", status, row["reason"], bench=bench, row=row)
+
+    def read(self) -> list[dict]:
+        """Return all rows so far, except incomplete ones."""
+        rows = []
+        for line in Path(self.path).read_text(errors="replace").splitlines():
+            with suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        return rows
 
 
 def kept_of(item: dict) -> dict[str, object]:

@@ -1,12 +1,12 @@
 """The jobs that `gpu_check.py` runs in separate processes. Each writes its rows at once.
 
-    python benchmarks/gpu_worker.py environment --rows FILE --into FILE     # items, versions, ceilings
-    python benchmarks/gpu_worker.py items --mode time --items FILE --rows FILE --until 1700000000
+    python benchmarks/gpu_worker.py environment --into FILE                 # items, versions, ceilings
+    python benchmarks/gpu_worker.py items --mode time --items FILE --begun FILE --until 1700000000
     python benchmarks/gpu_worker.py kernels                       # six launches, for ncu
 
-A worker marks the "begin" and "end" of each item, so that the rows show the item in which it ended. As a pytest
-plugin (`-p gpu_worker`) this module writes a row for each test. Heavy modules are imported where they are used, so
-that a broken one costs only its own rows.
+A worker writes the name of each item that it begins, which shows the item in which it ended. As a pytest plugin (`-p
+gpu_worker`) this module writes a row for each test. Heavy modules are imported where they are used, so that a broken
+one costs only its own rows.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
-from gpu_report import NO_GPU
+from gpu_report import NO_GPU, Rows
 
 REHEARSED = bool(os.environ.get("GPU_CHECK_REHEARSE"))
 ROUNDS = 1 if REHEARSED else 3
@@ -35,49 +35,19 @@ COUNTED = (
 )
 
 
-class Rows:
-    """Lines of JSON in a file, written at once."""
-
-    def __init__(self, path: Path):
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115  (open as long as the worker runs)
-
-    def mark(self, what: str, name: str) -> None:
-        """Mark the "begin" or "end" of an item."""
-        self.file.write(json.dumps({what: name}) + "\n")
-
-    def add(self, item: str, status: str, reason: str | None = None, **more: object) -> None:
-        """Write a result: "ok", "red" (ours is wrong or fails) or "n/a"."""
-        line = {"item": item, "status": status, "reason": reason, **more}
-        self.file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-
-    def fail(self, item: str, error: Exception, red: bool = True, **more: object) -> None:
-        """Write an error as a result."""
-        from measuring import error_in_a_line
-
-        self.add(item, "red" if red else "n/a", error_in_a_line(error), **more)
-
-    def measured(self, item: str, bench: str, rows: list[dict]) -> None:
-        """Write the rows of a benchmark, which become part of its results."""
-        for row in rows:
-            status = "red" if row.get("red") else "n/a" if row["latency_ms"] is None else "ok"
-            self.add(f"{item}: {row['pass']}, {row['peer']}", status, row["reason"], bench=bench, row=row)
-
-
 def pytest_runtest_logreport(report) -> None:
-    """Write a row for each test into the file GPU_CHECK_ROWS; with pytest-xdist only in the main process."""
-    path = os.environ.get("GPU_CHECK_ROWS")
-    if path is None or "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
+    """Write a row for each test; with pytest-xdist only in the main process."""
+    if "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
         return
     status = {"passed": "ok", "failed": "red", "skipped": "n/a"}[report.outcome]
     reason = None if report.passed else str(report.longrepr)[-1500:]
-    Rows(path).add(report.nodeid, status, reason, seconds=round(report.duration, 2))
+    Rows.of_environment().add(report.nodeid, status, reason, seconds=round(report.duration, 2))
 
 
 def pytest_collectreport(report) -> None:
     """Write a row for a file of tests that cannot be imported."""
-    path = os.environ.get("GPU_CHECK_ROWS")
-    if path is not None and "PYTEST_XDIST_WORKER" not in os.environ and report.failed:
-        Rows(path).add(report.nodeid, "red", str(report.longrepr)[-1500:])
+    if "PYTEST_XDIST_WORKER" not in os.environ and report.failed:
+        Rows.of_environment().add(report.nodeid, "red", str(report.longrepr)[-1500:])
 
 
 def pytest_runtest_logfinish() -> None:
@@ -341,8 +311,16 @@ class Worker:
         os.abort()
 
 
-def work_through(items: list[dict], worker: Worker, until: float, stall_s: float) -> None:
-    """Do items in turn until the time is up; raise SystemExit if the GPU no longer responds to this process."""
+def work_through(items: list[dict], worker: Worker, begun: Path, until: float, stall_s: float) -> None:
+    """Do items in turn until the time is up; raise SystemExit if the GPU no longer responds to this process.
+
+    `begun` gets the name of each item when it begins, and an empty line at the end.
+    """
+
+    def begin(name: str) -> None:
+        with open(begun, "a") as file:
+            file.write(f"{name}\n")
+
     # before an item begins: imports and opening the GPU take longer than the limit of some items
     import measuring  # noqa: F401
 
@@ -350,8 +328,8 @@ def work_through(items: list[dict], worker: Worker, until: float, stall_s: float
         worker.run.synchronize()
     for item in items:
         if time.time() >= until:
-            return
-        worker.rows.mark("begin", item["name"])
+            break
+        begin(item["name"])
         start = time.perf_counter()
         faulthandler.dump_traceback_later(max(1.0, stall_s - 1))  # shows where it hangs before it is killed
         try:
@@ -365,7 +343,7 @@ def work_through(items: list[dict], worker: Worker, until: float, stall_s: float
             if not worker.alive():
                 raise SystemExit(f"{item['name']} has poisoned this process") from error
             worker.rows.fail(item["name"], error, red=worker.mode == "time")
-        worker.rows.mark("end", item["name"])
+    begin("")
     faulthandler.cancel_dump_traceback_later()
 
 
@@ -394,9 +372,9 @@ def main(argv: list[str] | None = None) -> int:
     """Do one job of `gpu_check.py`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=("environment", "items", "kernels"))
-    parser.add_argument("--rows", type=Path)
     parser.add_argument("--into", type=Path)
     parser.add_argument("--items", type=Path)
+    parser.add_argument("--begun", type=Path)
     parser.add_argument("--mode", choices=("warm", "time"))
     parser.add_argument("--until", type=float, default=float("inf"))
     parser.add_argument("--stall", type=float, default=60.0)
@@ -407,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.job == "kernels":
         kernels(options.until)
         return 0
-    rows = Rows(options.rows)
+    rows = Rows.of_environment()
     if options.job == "items":
         from torch._inductor import config
 
@@ -416,7 +394,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             config.triton.cudagraph_or_error = True  # else a row of CUDA graphs could be one without
         items = json.loads(options.items.read_text())
-        work_through(items, Worker(options.mode, rows), options.until, options.stall)
+        work_through(items, Worker(options.mode, rows), options.begun, options.until, options.stall)
     else:
         import torch
 

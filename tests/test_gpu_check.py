@@ -81,18 +81,19 @@ def test_a_process_that_cannot_be_killed_is_abandoned(tmp_path, monkeypatch):
 
 STUB = """
 import json, os, sys, time
+from gpu_report import Rows
 words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
-with open(words["--rows"], "a", buffering=1) as rows:
+with open(words["--begun"], "a", buffering=1) as begun:
     for item in json.load(open(words["--items"])):
         if time.time() >= float(words["--until"]):
             break
-        rows.write(json.dumps({"begin": item["name"]}) + "\\n")
+        begun.write(item["name"] + "\\n")
         for what in item.get("peers", [item["name"]]):
             if "crash" in what: os.abort()
             if "hang" in what: time.sleep(60)
             time.sleep(item.get("seconds", 0))
-            rows.write(json.dumps({"item": f"{item['name']} {what}", "status": "ok", "reason": None}) + "\\n")
-        rows.write(json.dumps({"end": item["name"]}) + "\\n")
+            Rows.of_environment().add(f"{item['name']} {what}", "ok")
+    begun.write("\\n")
 """
 
 
@@ -146,7 +147,7 @@ def test_faults_cost_only_themselves(check):
         Stage("unstarted", 20, 1, unstarted),
     ]
     check.go(stages)
-    rows = check.rows()
+    rows = check.rows.read()
     right = {f"{name} {name}" for name in "abcde"} | {"both ours", "both: ours ours", "both: theirs theirs"}
     assert {row["item"] for row in rows if row["status"] == "ok"} == right
     lost = {
@@ -168,18 +169,24 @@ def test_faults_cost_only_themselves(check):
     assert (check.output / "gpu_check_first.tar.gz").exists()
 
 
+def _rows(folder: Path) -> gpu_report.Rows:
+    (folder / "rows.jsonl").touch()
+    return gpu_report.Rows(str(folder / "rows.jsonl"), "stage", time.time())
+
+
 def test_a_worker_opens_the_gpu_before_its_first_item_begins(tmp_path, monkeypatch):
     """Opening it takes seconds, which must not count in an item's time limit."""
-    rows, begun = gpu_worker.Rows(tmp_path / "rows.jsonl"), []
+    worker, file, begun = gpu_worker.Worker("time", _rows(tmp_path)), tmp_path / "begun", []
 
     def opened():
-        begun.append(gpu_report.read_rows(tmp_path / "rows.jsonl"))
+        begun.append(file.exists())
         return Namespace(free_memory=lambda: None, synchronize=lambda: None, measure_ceilings=lambda: None)
 
     monkeypatch.setattr(gpu_worker, "_open_run", opened)
     monkeypatch.setattr(gpu_worker.Worker, "crash", lambda worker, _: worker.run)
-    gpu_worker.work_through(_items("a", kind="crash"), gpu_worker.Worker("time", rows), math.inf, 60.0)
-    assert begun == [[]]
+    gpu_worker.work_through(_items("a", kind="crash"), worker, file, math.inf, 60.0)
+    assert begun == [False]
+    assert file.read_text() == "a\n\n"
 
 
 def test_warming_and_timing_find_the_same_compiled_graph():
@@ -200,10 +207,11 @@ def test_a_probe_that_fails_during_compilation_is_reported(tmp_path, monkeypatch
     run = Namespace(device="cuda", free_memory=lambda: None, synchronize=synchronize)
     monkeypatch.setattr(gpu_worker, "_open_run", lambda: run)
     monkeypatch.setattr(probes, "run_probe", lambda *_, **__: {"status": "failed: RuntimeError: CUDA error"})
-    worker = gpu_worker.Worker("warm", gpu_worker.Rows(tmp_path / "rows.jsonl"))
+    rows = _rows(tmp_path)
     with pytest.raises(SystemExit, match="a has poisoned this process") if poisoned else nullcontext():
-        gpu_worker.work_through(_items("a", "b", kind="probe", probe=TRIAL), worker, math.inf, 60.0)
-    found = [row for row in gpu_report.read_rows(tmp_path / "rows.jsonl") if "item" in row]
+        items, worker = _items("a", "b", kind="probe", probe=TRIAL), gpu_worker.Worker("warm", rows)
+        gpu_worker.work_through(items, worker, tmp_path / "begun", math.inf, 60.0)
+    found = rows.read()
     assert [(row["item"], row["status"]) for row in found] == ([] if poisoned else [("a", "n/a"), ("b", "n/a")])
     assert all("CUDA error" in row["reason"] for row in found)
 
@@ -226,7 +234,7 @@ def test_the_results_are_packed_when_the_time_is_up_during_a_stage(check):
 
     def interrupted(check):
         process = check.start(check.items_job(_items("a", "hang"), "time", 60.0))
-        wait_until(lambda: '"begin": "hang"' in process.job.beat.read_text())
+        wait_until(lambda: "hang" in process.job.beat.read_text())
         process.kill("by the test")
         wait_until(process.check)
         process.log.write_bytes(bytes(2**20))
@@ -249,10 +257,10 @@ def test_the_gpu_tests_need_no_plugin_of_pytest(check, tmp_path, monkeypatch):
     gpu_check.tests(check)
     *words, _ = jobs[0].command  # and the file
     words += ["-p", "no:benchmark", "-c", str(gpu_check.ROOT / "pyproject.toml"), str(tiny), str(broken)]
-    environment = check.environment | jobs[0].environment
+    environment = check.environment | check.rows.variables() | jobs[0].environment
     environment.pop("PYTEST_XDIST_WORKER", None)  # of this test's own process
     assert subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True).returncode == 1
-    rows = gpu_report.read_rows(Path(environment["GPU_CHECK_ROWS"]))
+    rows = check.rows.read()
     assert [row["status"] for row in rows] == ["red", "ok"]
     assert "no_such_module" in rows[0]["reason"]
 
@@ -262,7 +270,7 @@ def test_a_probe_ended_by_its_stage_is_not_red(check, monkeypatch):
     check.rehearse, check.end = False, time.monotonic() + 1.5
     _stand_in(monkeypatch, lambda _: ["import time; time.sleep(30)"])
     check.go([Stage("probes", 1, 1, gpu_check.probes)])
-    rows = check.rows()
+    rows = check.rows.read()
     assert {(row["item"], row["status"]) for row in rows} == {("a", "n/a"), ("b", "n/a")}
 
 
@@ -321,7 +329,7 @@ def test_the_carried_assembler_is_used_if_its_probe_is_right(check, tmp_path, mo
     code += f"open(sys.argv[1], 'w').write({json.dumps({'status': carried})!r})"
     _stand_in(monkeypatch, lambda job: [code, _word(job, "--json")] if job.name == "assembler" else ["pass"])
     check.go([Stage("environment", 30, 1, gpu_check.environment)])
-    (row,) = check.rows()
+    (row,) = check.rows.read()
     assert (row["item"], row["status"], check.items) == ("carried assembler", status, {"probes": []})
     assert reason in (row["reason"] or "")
     assert row.get("facts") == ({"ptxas": "13.4.59"} if carried == "right" else None)
@@ -383,7 +391,7 @@ def test_whole_heads_that_crash_are_turned_off(check):
     row = {key: tile[key] for key in ("kernel", "architecture", "precision", "block_d", "tile", "present")}
     check.go([Stage("tiles", 30, 1, lambda check: check.work_through(_items("crash", **row), "time", 1, 5.0))])
     key = {name: row[name] for name in gpu_report.TILE_KEY}
-    assert gpu_report.found_tiles(check.rows()) == [key | {"tile": None}]
+    assert gpu_report.found_tiles(check.rows.read()) == [key | {"tile": None}]
 
 
 def test_a_red_probe_of_whole_heads_turns_them_off(check):
@@ -392,9 +400,9 @@ def test_a_red_probe_of_whole_heads_turns_them_off(check):
     check.items = {"tiles": tiles, "probes": [{"probe": "p", "whole_heads": True}, {"probe": "q"}]}
     found = [{name: tile[name] for name in gpu_report.TILE_KEY} | {"tile": {"block_m": 64}} for tile in tiles]
     for item, expected in (("q", {"block_m": 64}), ("p", None)):
-        check.stage = "probes"
-        check.row(item, "red", "wrong")
-        check.stage = "tiles"
+        check.rows.stage = "probes"
+        check.rows.add(item, "red", "wrong")
+        check.rows.stage = "tiles"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gpu_check, "found_tiles", lambda _: list(found))
             patch.setattr(Check, "work_through", lambda *_: None)
@@ -407,25 +415,25 @@ def test_a_red_probe_of_whole_heads_turns_them_off(check):
 
 
 def test_tiles_that_do_not_compile_or_spill_are_not_timed(check, monkeypatch):
-    check.stage, timed = "warm", []
+    check.rows.stage, timed = "warm", []
     names = ("fits", "spills", "present spills", "fails", "cold", "cut short")
     check.items = {"tiles": [{"name": name, "present": "present" in name} for name in names]}
     for name, spills in (("fits", 0), ("spills", 4), ("present spills", 4)):
-        check.row(name, "ok", spills=spills)
-    check.row("fails", "n/a", "out of shared memory")
-    check.row("cold", "n/a", gpu_check.NO_TIME)
-    check.row("cut short", "n/a", "timed out after 50 s: …")
+        check.rows.add(name, "ok", spills=spills)
+    check.rows.add("fails", "n/a", "out of shared memory")
+    check.rows.add("cold", "n/a", gpu_check.NO_TIME)
+    check.rows.add("cut short", "n/a", "timed out after 50 s: …")
     monkeypatch.setattr(Check, "work_through", lambda _, items, *rest: timed.extend(item["name"] for item in items))
-    check.stage = "tiles"
+    check.rows.stage = "tiles"
     gpu_check.tiles(check)
     assert timed == ["fits", "present spills", "cold", "cut short"]
-    reasons = {row["item"]: row["reason"] for row in check.rows() if row["stage"] == "tiles"}
+    reasons = {row["item"]: row["reason"] for row in check.rows.read() if row["stage"] == "tiles"}
     assert reasons == {"spills": "left out: it spills registers", "fails": "left out: out of shared memory"}
 
 
 def test_work_is_listed_by_kind_with_unique_names(monkeypatch, tmp_path):
     """If one kind cannot be listed, the others are."""
-    rows = gpu_worker.Rows(tmp_path / "rows.jsonl")
+    rows = _rows(tmp_path)
     listed = gpu_worker.list_items(rows)
     assert listed.keys() == {"operators", "compiled", "tiles", "probes", "models", "profile", "more"}
     for items in listed.values():
@@ -440,7 +448,7 @@ def test_work_is_listed_by_kind_with_unique_names(monkeypatch, tmp_path):
         "profile",
         "more",
     }
-    (red,) = gpu_report.read_rows(tmp_path / "rows.jsonl")
+    (red,) = rows.read()
     assert (red["item"], red["status"]) == ("list of probes", "red")
 
 
