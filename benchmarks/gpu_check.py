@@ -38,7 +38,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_report import NO_GPU, Rows, found_tiles, kept_of, pack, without_whole_heads
+from gpu_report import NO_GPU, Rows, found_tiles, kept_of, pack
 from isolation import Job, Process, run_jobs, tail
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -357,10 +357,10 @@ def tiles(check: Check) -> None:
         check.work_through(kept, "time", 1, 10.0)
     finally:
         rows = check.rows.read()
-        found = found_tiles(row for row in rows if row["stage"] in ("warm", "tiles"))
         served = {item["probe"] for item in check.items.get("probes", []) if item.get("whole_heads")}
-        if any(row["status"] == "red" and row["item"] in served for row in rows if row["stage"] == "probes"):
-            found = without_whole_heads(found, check.items.get("tiles", []))
+        red = {row["item"] for row in rows if row["stage"] == "probes" and row["status"] == "red"}
+        measured = [row for row in rows if row["stage"] in ("warm", "tiles")]
+        found = found_tiles(measured, check.items.get("tiles", []), whole_heads=not served & red)
         if found:
             folders = [check.output, *([] if check.rehearse else [check.folder.parent])]
             for folder in folders:

@@ -1,7 +1,6 @@
 """The results of a GPU check: rows, best tiles, summary, archive. Uses only the standard library."""
 
 import json
-import math
 import os
 import tarfile
 import time
@@ -79,49 +78,43 @@ def facts_of(rows: Iterable[dict]) -> dict[str, object]:
     return facts
 
 
-def found_tiles(rows: Iterable[dict]) -> list[dict]:
+def found_tiles(rows: list[dict], items: Iterable[dict], whole_heads: bool = True) -> list[dict]:
     """Return the best tiles in the format of `CRATE_FAST_TILES`; the present tile stays unless 2 % are gained.
 
-    A kernel of whole heads that is slower than blocks of rows, or red, gets None, so that blocks of rows run. Else
-    blocks of rows run at longer shapes only, and the longest decides on their tile.
+    A kernel of whole heads that is slower than blocks of rows, or red, gets None, so that blocks of rows run; without
+    `whole_heads` all do. Else blocks of rows run at longer shapes only, and the longest decides on their tile.
     """
-    rows = list(rows)
     best, found = _best(rows), []
-    kept = [key for key in best if _faster_than_blocks_of_rows(best, key)]
-    at_long = {(key[0].replace("whole_head", "attention"), *key[1:]) for key in kept}
-    best |= _best([row for row in rows if tuple(row.get(name) for name in TILE_KEY) in at_long], longest=True)
-    for row in rows:
-        key = tuple(row.get(name) for name in TILE_KEY)
-        if row["status"] == "red" and str(key[0]).startswith("whole_head") and row["present"] and key not in best:
+    red = {_key(row) for row in rows if row["status"] == "red" and row.get("present")}
+
+    def by_rows(key: tuple) -> bool:
+        if not key[0].startswith("whole_head"):
+            return False
+        return not whole_heads or (_is_slower(best[key]) if key in best else key in red)
+
+    whole = [key for key in best if key[0].startswith("whole_head") and not by_rows(key)]
+    at_long = {(key[0].replace("whole_head", "attention"), *key[1:]) for key in whole}
+    best |= _best([row for row in rows if _key(row) in at_long], longest=True)
+    for key in dict.fromkeys(map(_key, items)):
+        if by_rows(key):
             found.append(dict(zip(TILE_KEY, key, strict=True)) | {"tile": None})
-    for key, (row, alternative_ms) in best.items():
-        tile = dict(row["tile"])
-        if alternative_ms is not None:
-            tile["chosen"] = row["latency_ms"] < alternative_ms
-        if _beside_blocks_of_rows(best, key) and key not in kept:
-            tile = None
-        found.append(dict(zip(TILE_KEY, key, strict=True)) | {"tile": tile})
+        elif key in best:
+            tile = best[key]["tile"] | {"chosen": not _is_slower(best[key])}
+            found.append(dict(zip(TILE_KEY, key, strict=True)) | {"tile": tile})
     return found
 
 
-def without_whole_heads(found: list[dict], items: Iterable[dict]) -> list[dict]:
-    """Turn all kernels of whole heads off in `found_tiles`: a probe of them is red. Blocks of rows run instead."""
-    keys = dict.fromkeys(tuple(item[name] for name in TILE_KEY) for item in items)
-    off = [key for key in keys if str(key[0]).startswith("whole_head")]
-    kept = [row for row in found if not str(row[TILE_KEY[0]]).startswith("whole_head")]
-    return kept + [dict(zip(TILE_KEY, key, strict=True)) | {"tile": None} for key in off]
+def _key(row: dict) -> tuple:
+    return tuple(row.get(name) for name in TILE_KEY)
 
 
-def _faster_than_blocks_of_rows(best: dict[tuple, tuple], key: tuple) -> bool:
-    times = _beside_blocks_of_rows(best, key)
-    return bool(times) and math.prod(rows_ms / whole_ms for whole_ms, rows_ms in times.values()) >= 1
+def _is_slower(row: dict) -> bool:
+    """Return True if the alternative to a kernel is faster than its tile."""
+    return row["alternative_ms"] is not None and row["alternative_ms"] < row["latency_ms"]
 
 
-def _best(rows: Iterable[dict], longest: bool = False) -> dict[tuple, tuple[dict, float | None]]:
-    """Return by key the row of the best tile and the milliseconds of PyTorch's alternative.
-
-    With `longest`, the best at the shape B×N×H×D of most tokens, else by the mean of all shapes.
-    """
+def _best(rows: Iterable[dict], longest: bool = False) -> dict[tuple, dict]:
+    """Return by key the row of the best tile: at the shape B×N×H×D of most tokens, or by the mean of all shapes."""
 
     def time_of(row: dict) -> float:
         shapes = row["shapes"]
@@ -130,35 +123,14 @@ def _best(rows: Iterable[dict], longest: bool = False) -> dict[tuple, tuple[dict
     timed: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["status"] == "ok" and row.get("latency_ms") is not None and "kernel" in row:
-            timed.setdefault(tuple(row[name] for name in TILE_KEY), []).append(row)
+            timed.setdefault(_key(row), []).append(row)
     best = {}
     for key, candidates in timed.items():
         quickest = min(candidates, key=time_of)
         present = next((row for row in candidates if row["present"]), None)
         keep = present is not None and time_of(quickest) > WORTH * time_of(present)
-        others = [list(row["alternative"].values()) for row in candidates if row.get("alternative")]
-        alternative_ms = math.prod(others[0]) ** (1 / len(others[0])) if others else None
-        best[key] = (present if keep else quickest, alternative_ms)
+        best[key] = present if keep else quickest
     return best
-
-
-def _beside_blocks_of_rows(best: dict[tuple, tuple], key: tuple) -> dict[str, tuple[float, float]]:
-    """Return by shape the milliseconds of a whole-head kernel and of blocks of rows."""
-    kernel, *rest = key
-    by_rows = best.get((kernel.replace("whole_head", "attention"), *rest))
-    if not kernel.startswith("whole_head") or by_rows is None:
-        return {}
-    whole, rows = best[key][0]["shapes"], by_rows[0]["shapes"]
-    return {shape: (whole[shape], rows[shape]) for shape in whole.keys() & rows.keys()}
-
-
-def _whole_heads(rows: Iterable[dict]) -> str:
-    best, lines = _best(rows), []
-    for key in best:
-        for shape, (whole_ms, rows_ms) in _beside_blocks_of_rows(best, key).items():
-            text = f"* {key[0]} at {shape}: {number(whole_ms)} ms, by blocks of rows {number(rows_ms)} ms"
-            lines.append(f"{text}: {rows_ms / whole_ms:.2f}×\n")
-    return "".join(lines)
 
 
 # --- tables and a page --------------------------------------------------------------------------------------------
@@ -246,10 +218,11 @@ def _tiles(rows: list[dict]) -> list[str]:
     for kernel in dict.fromkeys(row["kernel"] for row in timed):
         for rank, row in enumerate(row for row in timed if row["kernel"] == kernel):
             if rank < 3 or row["present"]:
-                line = {"tile": row["item"], "ms": row["latency_ms"]}
+                line = {"tile": row["item"], "ms": row["latency_ms"], "alternative, ms": row["alternative_ms"]}
                 shown.append(line | {"": "in the table" if row["present"] else ""})
     title = "## Tiles: the best three of each kernel, and the table's\n"
-    return [title, markdown_table(shown), _whole_heads(rows)] if shown else []
+    note = "Alternatives: blocks of rows instead of whole heads, and PyTorch's product for the output map.\n"
+    return [title, markdown_table(shown), note] if shown else []
 
 
 def _profile(rows: list[dict]) -> list[str]:

@@ -4,7 +4,6 @@
 writes the best to found_tiles.json.
 """
 
-import math
 import os
 import statistics
 from collections.abc import Callable
@@ -77,7 +76,7 @@ class Problem:
     output: Tensor  # written by them; filled with NaN first
     found: Callable[[], Tensor]  # reads the part to compare
     expected: Tensor  # that part in float64
-    alternative: Callable[[], object] | None = None  # PyTorch's way
+    alternative: Callable[[], object] | None = None  # another way, which runs if it is faster
 
 
 def items() -> list[dict]:
@@ -137,12 +136,18 @@ def _attention(kernel: str, shape: tuple[int, ...], random: Callable) -> Problem
     scale, ends, backward = head_dim**-0.5, sorted({0, batch - 1}), kernel.endswith("backward")
     truth = gradients(subspace_attention_reference, [w[ends].double()], grad[ends].double())[backward]
     out, output, lse = torch.empty_like(w), torch.empty_like(w), torch.empty(batch, heads, n_tokens, device=w.device)
+    tables_own = SMALL["attention"] if REHEARSED else None
     if backward:
-        attention.plan_forward(w, out, lse, scale, None if not REHEARSED else SMALL["attention"]).run()
+        attention.plan_forward(w, out, lse, scale, tables_own).run()
+
+    def by_rows(tile: Tile | None) -> Launch:
+        if backward:
+            return attention.plan_backward(grad, w, out, lse, output, scale, tile)
+        return attention.plan_forward(w, output, lse, scale, tile)
 
     run = {
-        "attention_forward": lambda tile: attention.plan_forward(w, output, lse, scale, tile).run(),
-        "attention_backward": lambda tile: attention.plan_backward(grad, w, out, lse, output, scale, tile).run(),
+        "attention_forward": lambda tile: by_rows(tile).run(),
+        "attention_backward": lambda tile: by_rows(tile).run(),
         "whole_head_forward": lambda tile: whole_head.forward(w, output, lse, scale, tile),
         "whole_head_backward": lambda tile: whole_head.backward(grad, w, out, lse, output, scale, tile),
     }[kernel]
@@ -152,7 +157,8 @@ def _attention(kernel: str, shape: tuple[int, ...], random: Callable) -> Problem
             run(tile)
         return launches
 
-    return Problem("×".join(map(str, shape)), plan, output, lambda: output[ends], truth)
+    alternative = by_rows(tables_own).run if kernel.startswith("whole_head") else None
+    return Problem("×".join(map(str, shape)), plan, output, lambda: output[ends], truth, alternative)
 
 
 def _product(kernel: str, rows: int, stored: torch.dtype | None, random: Callable) -> Problem:
@@ -240,14 +246,15 @@ def _run_once(problem: Problem, tile: Tile) -> tuple[list, float]:
 
 
 def time_tile(item: dict, run: Run) -> dict:
-    """Time a candidate and PyTorch's alternative on each problem; "latency_ms" is the geometric mean."""
-    shapes, others = {}, {}
+    """Time a candidate and its alternative on each problem; return the geometric means, and the candidate's times."""
+    shapes, others = {}, []
     for problem in problems(item["kernel"]):
         _run_once(problem, Tile(**item["tile"]))
         launches = problem.plan(Tile(**item["tile"]))
         samples = run.sample_ms(lambda launches=launches: [launch.run() for launch in launches])
         shapes[problem.name] = statistics.median(samples)
-        if problem.alternative is not None and item["present"]:
-            others[problem.name] = statistics.median(run.sample_ms(problem.alternative))
-    mean = math.prod(shapes.values()) ** (1 / len(shapes))
-    return {"latency_ms": mean, "shapes": shapes, "alternative": others or None}
+        if problem.alternative is not None:
+            others.append(statistics.median(run.sample_ms(problem.alternative)))
+    alternative_ms = statistics.geometric_mean(others) if others else None
+    mean_ms = statistics.geometric_mean(shapes.values())
+    return {"latency_ms": mean_ms, "shapes": shapes, "alternative_ms": alternative_ms}

@@ -98,9 +98,9 @@ def test_a_right_candidate_is_timed_on_every_problem(kernel, run):
     assert 0 < found["error"] < 5e-3
     timed = tile_search.time_tile(_item(kernel), run)
     assert timed["shapes"].keys() == {problem.name for problem in tile_search.problems(kernel)}
-    assert min(timed["shapes"].values()) <= timed["latency_ms"] <= max(timed["shapes"].values())
-    assert (timed["alternative"] is not None) == (kernel == "output_map")
-    assert timed["alternative"] is None or timed["alternative"].keys() == timed["shapes"].keys()
+    shortest, longest = min(timed["shapes"].values()), max(timed["shapes"].values())
+    assert 0.999 * shortest < timed["latency_ms"] < 1.001 * longest
+    assert (timed["alternative_ms"] is not None) == kernel.startswith(("output_map", "whole_head"))
 
 
 @small_problems
