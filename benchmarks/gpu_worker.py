@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_worker.py environment --into FILE                 # items, versions, ceilings
     python benchmarks/gpu_worker.py items --mode time --items FILE --begun FILE --until 1700000000
-    python benchmarks/gpu_worker.py kernels                       # six launches, for ncu
+    python benchmarks/gpu_worker.py kernels                       # six operators, for ncu
 
 A worker writes the name of each item that it begins, which shows the item in which it ended. As a pytest plugin (`-p
 gpu_worker`) this module writes a row for each test. Heavy modules are imported where they are used, so that a broken
@@ -348,7 +348,7 @@ def work_through(items: list[dict], worker: Worker, begun: Path, until: float, s
 
 
 def kernels(until: float) -> None:
-    """Launch each counted kernel once, between cudaProfilerStart and -Stop, as long as there is time."""
+    """Run each counted operator once, between cudaProfilerStart and -Stop, as long as there is time."""
     import tile_search
     import torch
 
@@ -358,12 +358,11 @@ def kernels(until: float) -> None:
         tile = find(kernel, torch.device("cuda"), "half", 64 if kernel.startswith(("attention", "whole_head")) else 0)
         if tile is None or time.time() >= until:
             continue
-        launches = tile_search.problems(kernel)[0].plan(tile)
-        for launch in launches:
-            launch.run()
+        problem = tile_search.problems(kernel)[0]
+        problem.call(tile)
         torch.cuda.synchronize()
         with torch.cuda.profiler.profile():
-            launches[0].run()
+            problem.call(tile)
             torch.cuda.synchronize()
         tile_search.problems.cache_clear()
 

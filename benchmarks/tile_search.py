@@ -8,7 +8,7 @@ import os
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 
 from harness import Run
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from crate_fast.accuracy import gradients, token_scale
-from crate_fast.kernels.launch import Launch, Tile, architecture, find, recorded
+from crate_fast.kernels.launch import Tile, architecture, find, lookup, recorded
 from crate_fast.reference import subspace_attention_reference
 
 TOLERANCE = 2e-2  # relative norm of the difference from float64; bf16 rounds to 4e-3
@@ -69,12 +69,11 @@ SMALL = {"attention": Tile(32, 32, 4, 1), "whole_head": Tile(64, 32, 4, 1), "oth
 
 @dataclass(frozen=True)
 class Problem:
-    """Launches to measure a candidate on."""
+    """An operator at one shape, to measure a candidate on."""
 
     name: str  # of the shape
-    plan: Callable[[Tile], list[Launch]]  # makes a tile's launches, in order
-    output: Tensor  # written by them; filled with NaN first
-    found: Callable[[], Tensor]  # reads the part to compare
+    call: Callable[[Tile], Tensor]  # runs the kernel with a tile
+    part: Callable[[Tensor], Tensor]  # selects the checked part of its result
     expected: Tensor  # that part in float64
     alternative: Callable[[], object] | None = None  # another way, which runs if it is faster
 
@@ -135,30 +134,25 @@ def _attention(kernel: str, shape: tuple[int, ...], random: Callable) -> Problem
     w, grad = random(*shape, std=token_scale(n_tokens, head_dim)), random(*shape)
     scale, ends, backward = head_dim**-0.5, sorted({0, batch - 1}), kernel.endswith("backward")
     truth = gradients(subspace_attention_reference, [w[ends].double()], grad[ends].double())[backward]
-    out, output, lse = torch.empty_like(w), torch.empty_like(w), torch.empty(batch, heads, n_tokens, device=w.device)
-    tables_own = SMALL["attention"] if REHEARSED else None
-    if backward:
-        attention.plan_forward(w, out, lse, scale, tables_own).run()
+    rows = "attention_backward" if backward else "attention_forward"
+    present = SMALL["attention"] if REHEARSED else lookup(rows, w.device, "half", 64)
+    out, lse = attention.forward(w, scale, present) if backward else (None, None)
 
-    def by_rows(tile: Tile | None) -> Launch:
+    def by_rows(tile: Tile) -> Tensor:
+        return (
+            attention.backward(grad, w, out, lse, scale, tile) if backward else attention.forward(w, scale, tile)[0]
+        )
+
+    def whole(tile: Tile) -> Tensor:
+        output = torch.empty_like(w)
         if backward:
-            return attention.plan_backward(grad, w, out, lse, output, scale, tile)
-        return attention.plan_forward(w, output, lse, scale, tile)
+            whole_head.backward(grad, w, out, lse, output, scale, tile)
+        else:
+            whole_head.forward(w, output, w.new_empty(batch, heads, n_tokens, dtype=torch.float32), scale, tile)
+        return output
 
-    run = {
-        "attention_forward": lambda tile: by_rows(tile).run(),
-        "attention_backward": lambda tile: by_rows(tile).run(),
-        "whole_head_forward": lambda tile: whole_head.forward(w, output, lse, scale, tile),
-        "whole_head_backward": lambda tile: whole_head.backward(grad, w, out, lse, output, scale, tile),
-    }[kernel]
-
-    def plan(tile: Tile) -> list[Launch]:
-        with recorded() as launches:
-            run(tile)
-        return launches
-
-    alternative = by_rows(tables_own).run if kernel.startswith("whole_head") else None
-    return Problem("×".join(map(str, shape)), plan, output, lambda: output[ends], truth, alternative)
+    ways = (by_rows, None) if kernel == rows else (whole, partial(by_rows, present))
+    return Problem("×".join(map(str, shape)), ways[0], lambda output: output[ends], truth, ways[1])
 
 
 def _product(kernel: str, rows: int, stored: torch.dtype | None, random: Callable) -> Problem:
@@ -171,8 +165,7 @@ def _product(kernel: str, rows: int, stored: torch.dtype | None, random: Callabl
         x = a  # g' is both
     weight = random(WIDTH, WIDTH, std=0.1 / WIDTH**0.5)
     ends = sorted({row % rows for row in range(-CHECKED_ROWS, CHECKED_ROWS)})
-    ones, output = torch.ones(WIDTH, device=x.device), torch.empty_like(x)
-    options, added, alternative = {}, x[ends].double(), None
+    ones, options, added, alternative = torch.ones(WIDTH, device=x.device), {}, x[ends].double(), None
     if kernel == "ista_forward":
         nonzero = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         options = {"finish": "relu", "shift": 0.01, "nonzero": nonzero}
@@ -190,27 +183,20 @@ def _product(kernel: str, rows: int, stored: torch.dtype | None, random: Callabl
     if kernel == "ista_forward":
         expected = (expected - 0.01).relu()
 
-    def plan(tile: Tile) -> list[Launch]:
-        return [product.plan(a, weight, x, output, product.fitted_product(tile, WIDTH), **options)]
+    def call(tile: Tile) -> Tensor:
+        return product.product(a, weight, x, product.fitted_product(tile, WIDTH), **options)
 
     name = "autocast" if stored is not None else "half precision"
-    return Problem(f"{rows}×{WIDTH}, {name}", plan, output, lambda: output[ends], expected, alternative)
+    return Problem(f"{rows}×{WIDTH}, {name}", call, lambda output: output[ends], expected, alternative)
 
 
 def _weight_gradient(n_rows: int, random: Callable) -> Problem:
     from crate_fast.kernels import product
 
     a, grad = random(n_rows, WIDTH), random(n_rows, WIDTH)
-    output = torch.empty(64, WIDTH, WIDTH, device=a.device)
-    used = []
-
-    def plan(tile: Tile) -> list[Launch]:
-        shares, rows = product.splits(n_rows, WIDTH, WIDTH, a.device, tile)
-        used[:] = [shares]
-        return [product.plan_weight_gradient(a, grad, output[:shares], rows, tile)]
-
     expected = a.double().t() @ grad.double()
-    return Problem(f"{n_rows}×{WIDTH}", plan, output, lambda: output[: used[0]].double().sum(0), expected)
+    call = partial(product.weight_gradient, a, grad)
+    return Problem(f"{n_rows}×{WIDTH}", call, lambda output: output, expected)
 
 
 # --- a candidate --------------------------------------------------------------------------------------------------
@@ -218,43 +204,43 @@ def _weight_gradient(n_rows: int, random: Callable) -> Problem:
 
 def warm(item: dict) -> dict:
     """Compile a candidate and check it on each problem; return registers, spills, shared memory and error."""
-    compiled, error = [], 0.0
+    compiled, errors, tile = [], [], Tile(**item["tile"])
     for problem in problems(item["kernel"], timed=False):
-        one, difference = _run_once(problem, Tile(**item["tile"]))
-        compiled += one
-        error = max(error, difference)
+        errors.append(_check(problem, tile))
+        with recorded() as launches:
+            problem.call(tile)
+        for launch in launches:
+            compiled.append(launch.kernel[launch.grid](**launch.arguments, **launch.constants, **launch.options))
+    compiled = [kernel for kernel in compiled if kernel is not None]  # None in the interpreter
     return {
-        "error": error,
+        "error": max(errors),
         "registers": max((kernel.n_regs for kernel in compiled), default=0),
         "spills": max((kernel.n_spills for kernel in compiled), default=0),
         "shared_bytes": max((kernel.metadata.shared for kernel in compiled), default=0),
     }
 
 
-def _run_once(problem: Problem, tile: Tile) -> tuple[list, float]:
-    """Return the compiled kernels of a tile and its relative error; raise ValueError if it is wrong."""
-    problem.output.fill_(torch.nan)
-    compiled = [
-        launch.kernel[launch.grid](**launch.arguments, **launch.constants, **launch.options)
-        for launch in problem.plan(tile)
-    ]
-    found = problem.found().double()
+def _check(problem: Problem, tile: Tile) -> float:
+    """Return the relative error of a tile; raise ValueError if it is wrong."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
+    try:
+        found = problem.part(problem.call(tile)).double()
+    finally:
+        torch.use_deterministic_algorithms(False)
     error = ((found - problem.expected).norm() / problem.expected.norm()).item()
     if not error <= TOLERANCE:
         raise ValueError(f"wrong at {problem.name}: differs from float64 by {error:.1%} of the norm")
-    return [kernel for kernel in compiled if kernel is not None], error  # None in the interpreter
+    return error
 
 
 def time_tile(item: dict, run: Run) -> dict:
     """Time a candidate and its alternative on each problem; return the geometric means, and the candidate's times."""
-    shapes, others = {}, []
+    shapes, others, tile = {}, [], Tile(**item["tile"])
     for problem in problems(item["kernel"]):
-        _run_once(problem, Tile(**item["tile"]))
-        launches = problem.plan(Tile(**item["tile"]))
-        samples = run.sample_ms(lambda launches=launches: [launch.run() for launch in launches])
-        shapes[problem.name] = statistics.median(samples)
+        _check(problem, tile)
+        shapes[problem.name] = statistics.median(run.sample_ms(partial(problem.call, tile), graphed=True))
         if problem.alternative is not None:
-            others.append(statistics.median(run.sample_ms(problem.alternative)))
+            others.append(statistics.median(run.sample_ms(problem.alternative, graphed=True)))
     alternative_ms = statistics.geometric_mean(others) if others else None
     mean_ms = statistics.geometric_mean(shapes.values())
     return {"latency_ms": mean_ms, "shapes": shapes, "alternative_ms": alternative_ms}

@@ -109,11 +109,11 @@ def test_a_right_candidate_is_timed_on_every_problem(kernel, run):
 def test_a_candidate_with_wrong_or_unwritten_results_is_rejected(kernel, fault, monkeypatch):
     problem = tile_search.problems(kernel)[0]
 
-    def spoil(**_):
-        problem.output.mul_(1.05) if fault == "scaled" else problem.output[0].fill_(torch.nan)
+    def spoiled(tile):
+        output = problem.call(tile)
+        return 1.05 * output if fault == "scaled" else torch.empty_like(output)
 
-    spoiling = SimpleNamespace(kernel={(): spoil}, arguments={}, constants={}, options={}, grid=())
-    wrong = replace(problem, plan=lambda tile: [*problem.plan(tile), spoiling])
+    wrong = replace(problem, call=spoiled)
     monkeypatch.setattr(tile_search, "problems", lambda _, timed: (wrong,))
     with pytest.raises(ValueError, match="differs from float64"):
         tile_search.warm(_item(kernel))
