@@ -131,14 +131,12 @@ class Check:
 
     def items_job(self, items: list[dict], mode: str, stall_s: float, nice: int = 0) -> Job:
         """Make a worker's job for these items, done in order; `nice` lowers its priority."""
-        number = len(list(self.folder.glob("items_*.json")))
-        listed, begun = self.folder / f"items_{number}.json", self.folder / f"begun_{number}"
-        listed.write_text(json.dumps(items))
-        until = time.time() + self.soft - time.monotonic()
-        words = ("items", "--mode", mode, "--items", str(listed), "--begun", str(begun), "--until", str(until))
-        words += ("--stall", str(stall_s), "--nice", str(nice))
+        number = len(list(self.folder.glob("work_*.json")))
+        file, begun = self.folder / f"work_{number}.json", self.folder / f"begun_{number}"
+        work = {"items": items, "mode": mode, "stall_s": stall_s, "nice": nice, "begun": str(begun)}
+        file.write_text(json.dumps(work | {"until": time.time() + self.soft - time.monotonic()}))
         name = f"{self.rows.stage}_{mode}_{number}"
-        return self.worker(*words, name=name, limit_s=1e6, beat=begun, stall_s=stall_s, items=items)
+        return self.worker("items", str(file), name=name, limit_s=1e6, beat=begun, stall_s=stall_s, items=items)
 
     def work_through(
         self, items: list[dict], mode: str, workers: int, stall_s: float, more: Sequence[Job] = ()
@@ -150,10 +148,11 @@ class Check:
         """
         lists = [part for part in (items[i::workers] for i in range(workers)) if part]
         jobs = [self.items_job(part, mode, stall_s) for part in lists]
-        self.run([*more, *jobs], lambda process: self.after_items(process, mode, stall_s), workers + len(more))
+        self.run([*more, *jobs], self.after_items, workers + len(more))
 
-    def after_items(self, process: Process, mode: str, stall_s: float, nice: int = 0) -> list[Job]:
+    def after_items(self, process: Process) -> list[Job]:
         """Add a row for the item that ended its worker, if any; return the job for its remaining items."""
+        work = json.loads(Path(process.job.command[-1]).read_text())
         begun = process.job.beat.read_text().splitlines()
         items, reason = process.job.items, f"{process.reason}: {tail(process.log)}"
         left = [item for item in items if item["name"] not in begun]
@@ -173,7 +172,7 @@ class Check:
             for item in left:
                 self.rows.add(item["name"], "n/a", f"its worker did not start: {reason}")
             return []
-        return [self.items_job(left, mode, stall_s, nice)] if left else []
+        return [self.items_job(left, work["mode"], work["stall_s"], work["nice"])] if left else []
 
     # --- the whole ------------------------------------------------------------------------------------------------
 
@@ -216,7 +215,7 @@ class Check:
 def environment(check: Check) -> None:
     """Record the versions and the card, list the items of all stages, and test the assembler in .gpu/."""
     items = check.folder / "items.json"
-    jobs = [check.worker("environment", "--into", str(items), name="environment", limit_s=150)]
+    jobs = [check.worker("environment", str(items), name="environment", limit_s=150)]
     trial, ptxas = check.folder / "trial.json", check.folder / "ptxas"
     carried = dict.fromkeys(PTXAS_VARIABLES, str(ptxas))
     if not check.rehearse:
@@ -310,7 +309,7 @@ def probes(check: Check) -> None:
 
     def done(process: Process) -> list[Job]:
         if process.job.items:  # a compiler
-            return check.after_items(process, "warm", 90.0, nice=10)
+            return check.after_items(process)
         name, limit_s = process.job.name, process.job.limit_s
         if str(process.reason).startswith("timed out after") and process.seconds < limit_s:  # the stage has ended
             check.rows.add(name, "n/a", NO_TIME)

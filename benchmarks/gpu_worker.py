@@ -1,8 +1,8 @@
 """The jobs that `gpu_check.py` runs in separate processes. Each writes its rows at once.
 
-    python benchmarks/gpu_worker.py environment --into FILE                 # items, versions, ceilings
-    python benchmarks/gpu_worker.py items --mode time --items FILE --begun FILE --until 1700000000
-    python benchmarks/gpu_worker.py kernels                       # six operators, for ncu
+    python benchmarks/gpu_worker.py environment FILE      # lists all items in FILE; versions, ceilings
+    python benchmarks/gpu_worker.py items FILE            # does the items of FILE
+    python benchmarks/gpu_worker.py kernels               # six operators, for ncu
 
 A worker writes the name of each item that it begins, which shows the item in which it ended. As a pytest plugin (`-p
 gpu_worker`) this module writes a row for each test. Heavy modules are imported where they are used, so that a broken
@@ -121,10 +121,8 @@ def _operator_items() -> tuple[list[dict], list[dict]]:
         for peer in peers:
             if peer.compiles:
                 compiled.append(item | {"name": f"{label}: {peer.name}", "peers": ["ours", peer.name]})
-    peers = [item["peers"][1] for item in compiled]
-    earlier = [peers[:index].count(peer) for index, peer in enumerate(peers)]  # so that a short run has each peer
-    order = sorted(range(len(peers)), key=lambda i: (earlier[i], COMPILED_FIRST.index(peers[i])))
-    compiled = [compiled[index] for index in order]
+    shapes = [*ATTENTION, *ISTA]  # by shape, so that a short run has each peer
+    compiled.sort(key=lambda item: (shapes.index(item["shape"]), COMPILED_FIRST.index(item["peers"][1])))
     return plain, compiled
 
 
@@ -311,14 +309,16 @@ class Worker:
         os.abort()
 
 
-def work_through(items: list[dict], worker: Worker, begun: Path, until: float, stall_s: float) -> None:
+def work_through(work: dict, worker: Worker) -> None:
     """Do items in turn until the time is up; raise SystemExit if the GPU no longer responds to this process.
 
-    `begun` gets the name of each item when it begins, and an empty line at the end.
+    Args:
+        work: "items"; "begun", a file for the name of each item that begins, and an empty line at the end; "until",
+            the time after which none begins; "stall_s", the limit of an item.
     """
 
     def begin(name: str) -> None:
-        with open(begun, "a") as file:
+        with open(work["begun"], "a") as file:
             file.write(f"{name}\n")
 
     # before an item begins: imports and opening the GPU take longer than the limit of some items
@@ -326,12 +326,12 @@ def work_through(items: list[dict], worker: Worker, begun: Path, until: float, s
 
     with suppress(Exception):  # the first item has the same error in its row
         worker.run.synchronize()
-    for item in items:
-        if time.time() >= until:
+    for item in work["items"]:
+        if time.time() >= work["until"]:
             break
         begin(item["name"])
         start = time.perf_counter()
-        faulthandler.dump_traceback_later(max(1.0, stall_s - 1))  # shows where it hangs before it is killed
+        faulthandler.dump_traceback_later(max(1.0, work["stall_s"] - 1))  # shows where it hangs before it is killed
         try:
             getattr(worker, item["kind"])(item)
             if worker.mode == "warm" and item["kind"] != "tile":  # tiles have their own rows
@@ -371,16 +371,10 @@ def main(argv: list[str] | None = None) -> int:
     """Do one job of `gpu_check.py`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=("environment", "items", "kernels"))
-    parser.add_argument("--into", type=Path)
-    parser.add_argument("--items", type=Path)
-    parser.add_argument("--begun", type=Path)
-    parser.add_argument("--mode", choices=("warm", "time"))
+    parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--until", type=float, default=float("inf"))
-    parser.add_argument("--stall", type=float, default=60.0)
-    parser.add_argument("--nice", type=int, default=0)
     options = parser.parse_args(argv)
     faulthandler.enable()
-    os.nice(options.nice)
     if options.job == "kernels":
         kernels(options.until)
         return 0
@@ -388,18 +382,19 @@ def main(argv: list[str] | None = None) -> int:
     if options.job == "items":
         from torch._inductor import config
 
-        if options.mode == "warm":  # choices made beside other work are not kept, except a graph's products
+        work = json.loads(options.file.read_text())
+        os.nice(work["nice"])
+        if work["mode"] == "warm":  # choices made beside other work are not kept, except a graph's products
             config.autotune_local_cache = False
         else:
             config.triton.cudagraph_or_error = True  # else a row of CUDA graphs could be one without
-        items = json.loads(options.items.read_text())
-        work_through(items, Worker(options.mode, rows), options.begun, options.until, options.stall)
+        work_through(work, Worker(work["mode"], rows))
     else:
         import torch
 
         if not (REHEARSED or torch.cuda.is_available()):
             raise SystemExit(NO_GPU)
-        options.into.write_text(json.dumps(list_items(rows)))
+        options.file.write_text(json.dumps(list_items(rows)))
         environment(rows)
     return 0
 

@@ -82,10 +82,10 @@ def test_a_process_that_cannot_be_killed_is_abandoned(tmp_path, monkeypatch):
 STUB = """
 import json, os, sys, time
 from gpu_report import Rows
-words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
-with open(words["--begun"], "a", buffering=1) as begun:
-    for item in json.load(open(words["--items"])):
-        if time.time() >= float(words["--until"]):
+work = json.load(open(sys.argv[2]))
+with open(work["begun"], "a", buffering=1) as begun:
+    for item in work["items"]:
+        if time.time() >= work["until"]:
             break
         begun.write(item["name"] + "\\n")
         for what in item.get("peers", [item["name"]]):
@@ -135,7 +135,7 @@ def test_faults_cost_only_themselves(check):
 
     def unstarted(check):
         failing = [*PYTHON, "raise SystemExit(7)"]
-        check.worker = lambda *words, name, limit_s, **options: Job(name, failing, limit_s, **options)
+        check.worker = lambda *words, name, limit_s, **options: Job(name, [*failing, *words], limit_s, **options)
         check.work_through(_items("x", "y"), "time", 1, 5.0)
 
     slow, both = _items("slow", "never", seconds=60), _items("both", peers=["ours", "crash", "theirs"])
@@ -169,6 +169,10 @@ def test_faults_cost_only_themselves(check):
     assert (check.output / "gpu_check_first.tar.gz").exists()
 
 
+def _work(begun: Path, *items: dict) -> dict:
+    return {"items": items, "begun": begun, "until": math.inf, "stall_s": 60.0}
+
+
 def _rows(folder: Path) -> gpu_report.Rows:
     (folder / "rows.jsonl").touch()
     return gpu_report.Rows(str(folder / "rows.jsonl"), "stage", time.time())
@@ -184,7 +188,7 @@ def test_a_worker_opens_the_gpu_before_its_first_item_begins(tmp_path, monkeypat
 
     monkeypatch.setattr(gpu_worker, "_open_run", opened)
     monkeypatch.setattr(gpu_worker.Worker, "crash", lambda worker, _: worker.run)
-    gpu_worker.work_through(_items("a", kind="crash"), worker, file, math.inf, 60.0)
+    gpu_worker.work_through(_work(file, *_items("a", kind="crash")), worker)
     assert begun == [False]
     assert file.read_text() == "a\n\n"
 
@@ -210,7 +214,7 @@ def test_a_probe_that_fails_during_compilation_is_reported(tmp_path, monkeypatch
     rows = _rows(tmp_path)
     with pytest.raises(SystemExit, match="a has poisoned this process") if poisoned else nullcontext():
         items, worker = _items("a", "b", kind="probe", probe=TRIAL), gpu_worker.Worker("warm", rows)
-        gpu_worker.work_through(items, worker, tmp_path / "begun", math.inf, 60.0)
+        gpu_worker.work_through(_work(tmp_path / "begun", *items), worker)
     found = rows.read()
     assert [(row["item"], row["status"]) for row in found] == ([] if poisoned else [("a", "n/a"), ("b", "n/a")])
     assert all("CUDA error" in row["reason"] for row in found)
