@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from harness import Run, run_shapes
+from harness import Run, run_benchmark
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +116,7 @@ def _cost(shape: Shape, inputs: list[Tensor]) -> dict[str, Cost]:
     return {"forward": forward, "forward + backward": Cost(3 * product + 2 * fold, 6 * tokens + 3 * square)}
 
 
-def measure(name: str, shape: Shape, run: Run) -> list[dict]:
+def measure(_table: str, name: str, shape: Shape, run: Run) -> list[dict]:
     """Measure one shape, for both operators."""
     backend, rows = "triton" if run.runs_kernels else "auto", []
     for operator in OPERATORS:
@@ -126,7 +126,7 @@ def measure(name: str, shape: Shape, run: Run) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure every shape and write benchmarks/results/ista.{json,md} or ista_cpu; return 1 if a row is red."""
-    return run_shapes("ista", (SHAPES, CPU_SHAPES, SMOKE), measure, __doc__, argv)
+    return run_benchmark([{"ista": shapes} for shapes in (SHAPES, CPU_SHAPES, SMOKE)], measure, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,10 @@ Calls follow each other without a pause, so a host that is slower than the devic
 documents the FLOPs and bytes.
 """
 
-import argparse
 import sys
 from dataclasses import replace
 
-import harness
-from harness import Run
+from harness import Run, run_benchmark
 
 import model_problem
 from measuring import measure_peers
@@ -58,19 +56,9 @@ PEERS = {  # the first is ours
 }
 
 
-def measure(table: str, sizes: dict[str, Size], run: Run) -> bool:
-    """Measure the models of one table of results; return True unless a row is red.
-
-    The rows are written after each pass.
-    """
-    run.rows, file = [], f"{table}_gpu"
-    for model, size in sizes.items():
-        for what in PASSES[table]:
-            run.rows += measure_one(model, size, what, PEERS[table], run)
-            run.free_memory()
-            run.report(file, quiet=True)  # in case the run is interrupted
-    run.report(file)
-    return not any(row.get("red") for row in run.rows)
+def measure(table: str, model: str, size: Size, run: Run) -> list[dict]:
+    """Measure the passes of a model in a table of results."""
+    return [row for what in PASSES[table] for row in measure_one(model, size, what, PEERS[table], run)]
 
 
 def measure_one(model: str, size: Size, what: str, names: list[str], run: Run) -> list[dict]:
@@ -91,23 +79,8 @@ def measure_one(model: str, size: Size, what: str, names: list[str], run: Run) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and write benchmarks/results/{crate,model,growth}_gpu.{json,md}; return 1 if a row is red."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=[*CRATES, *MAES, *GROWTH], help="default: all")
-    harness.add_options(parser)
-    options = parser.parse_args(argv)
-    run = harness.open_run(options)
-    if not (run.on_gpu or run.smoke):
-        raise SystemExit(
-            "PyTorch finds no GPU: benchmarks/bench_cpu.py measures a CPU, --smoke tests with tiny models"
-        )
-    run.measure_ceilings()
-    right = True
-    for table, sizes in (SMOKE if run.smoke else MODELS).items():
-        chosen = sizes.keys() if run.smoke or not options.models else sizes.keys() & set(options.models)
-        sizes = {name: size for name, size in sizes.items() if name in chosen}
-        right &= not sizes or measure(table, sizes, run)
-    return int(not right)
+    """Measure and write benchmarks/results/{crate,model,growth}.{json,md}; return 1 if a row is red."""
+    return run_benchmark((MODELS, {}, SMOKE), measure, __doc__, argv)
 
 
 if __name__ == "__main__":

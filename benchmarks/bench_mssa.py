@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from harness import Run, run_shapes
+from harness import Run, run_benchmark
 
 import torch
 import torch.nn.functional as F
@@ -122,14 +122,14 @@ def _checked(shape: Shape, tensor: Tensor) -> Tensor:
     return tensor[images][:, :, heads]
 
 
-def measure(name: str, shape: Shape, run: Run) -> list[dict]:
+def measure(_table: str, name: str, shape: Shape, run: Run) -> list[dict]:
     """Measure one shape and its peers."""
     return measure_peers(make_problem(name, shape, run), PEERS if run.runs_kernels else CPU_PEERS, run)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure every shape and write benchmarks/results/mssa.{json,md} or mssa_cpu; return 1 if a row is red."""
-    return run_shapes("mssa", (SHAPES, CPU_SHAPES, SMOKE), measure, __doc__, argv)
+    return run_benchmark([{"mssa": shapes} for shapes in (SHAPES, CPU_SHAPES, SMOKE)], measure, __doc__, argv)
 
 
 if __name__ == "__main__":

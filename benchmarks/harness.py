@@ -212,34 +212,45 @@ def _facts(device: torch.device) -> dict[str, object]:
     return facts | {"triton": version_of("triton"), "ptxas": ptxas_version(device)}
 
 
-def run_shapes(
-    stem: str,
-    tables: Sequence[dict],
-    measure: Callable[[str, object, Run], list[dict]],
+def run_benchmark(
+    tables: Sequence[dict[str, dict]],
+    measure: Callable[[str, str, object, Run], list[dict]],
     description: str,
     argv: list[str] | None,
 ) -> int:
-    """Measure the shapes of --shapes and write the rows after each; return 1 if a row is red.
+    """Measure the sizes of --shapes and write the rows after each; return 1 if a row is red.
 
-    `tables` are the shapes of a GPU, a CPU and a smoke run; the results are named `stem`.
+    Args:
+        tables: For a GPU, a CPU and a smoke run: sizes by name, by name of the results.
+        measure: Returns the rows of (name of the results, name of the size, size, run).
     """
-    on_gpu, on_cpu, smoke = tables
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = f"{', '.join(on_gpu)}; on a CPU {', '.join(on_cpu)}"
-    parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help=f"default: all of {names}")
+    listed = ", ".join(name for sizes in tables[0].values() for name in sizes)
+    parser.add_argument("--shapes", "--models", nargs="+", metavar="NAME", help=f"default: all; on a GPU {listed}")
     add_options(parser)
     options = parser.parse_args(argv)
     run = open_run(options)
-    shapes = smoke if options.smoke else on_gpu if run.on_gpu else on_cpu
-    chosen = shapes if options.smoke else options.shapes or shapes
-    for unknown in set(chosen) - set(shapes):
-        parser.error(f"--shapes {unknown}: on this device there are {', '.join(shapes)}")
+    on_device = tables[2] if run.smoke else tables[0] if run.on_gpu else tables[1]
+    names = [name for sizes in on_device.values() for name in sizes]
+    chosen = names if run.smoke else options.shapes or names
+    for unknown in set(chosen) - set(names):
+        parser.error(f"--shapes {unknown}: on this device there are {', '.join(names)}")
+    if not names:
+        raise SystemExit(
+            "PyTorch finds no GPU: benchmarks/bench_cpu.py measures a CPU, --smoke tests with tiny models"
+        )
     run.measure_ceilings()
-    for label in chosen:
-        run.rows += measure(label, shapes[label], run)
-        run.report(run.name(stem), quiet=True)  # in case the run is interrupted
-    run.report(run.name(stem))
-    return int(any(row.get("red") for row in run.rows))
+    red = False
+    for table, sizes in on_device.items():
+        run.rows = []
+        for name in (name for name in sizes if name in chosen):
+            run.rows += measure(table, name, sizes[name], run)
+            run.free_memory()
+            run.report(run.name(table), quiet=True)  # in case the run is interrupted
+        if run.rows:
+            run.report(run.name(table))
+        red |= any(row.get("red") for row in run.rows)
+    return int(red)
 
 
 # --- results ------------------------------------------------------------------------------------------------------

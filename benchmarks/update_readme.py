@@ -122,7 +122,7 @@ def gpu_table(results: Path = RESULTS) -> str:
 
 def models_table(results: Path = RESULTS) -> str:
     """Make the tables of whole models on a GPU, or a sentence if there are no results."""
-    return "\n".join(_gpu_tables(results, ("crate_gpu", "model_gpu", "growth_gpu"), "../../")) or NOT_MEASURED
+    return "\n".join(_gpu_tables(results, ("crate", "model", "growth"), "../../")) or NOT_MEASURED
 
 
 # --- results of a GPU check ---------------------------------------------------------------------------------------
@@ -163,9 +163,8 @@ def take(source: Path, results: Path = RESULTS) -> None:
         facts = _facts(facts_of(brought))
         same = {key: facts[key] for key in ("commit", "device", "torch") if key in facts}
         rows += [facts | row for row in brought]
-    names = {"mssa": "mssa", "ista": "ista", "crate": "crate_gpu", "model": "model_gpu", "growth": "growth_gpu"}
-    for bench, name in names.items():
-        measured = [row["row"] for row in rows if row.get("bench") == bench]
+    for name in ("mssa", "ista", "crate", "model", "growth"):
+        measured = [row["row"] for row in rows if row.get("bench") == name]
         if measured:
             found: dict[tuple, dict] = {}  # the first row with a time
             for row in measured:

@@ -37,12 +37,21 @@ def test_the_smoke_run_measures_every_peer_of_every_table_and_writes_nothing(cap
             assert "n/a" not in line
 
 
+def _measure(table, sizes, run) -> bool:
+    """Measure into the run's rows; return True unless one is red."""
+    run.rows = [row for name, size in sizes.items() for row in bench_model.measure(table, name, size, run)]
+    return not any(row.get("red") for row in run.rows)
+
+
 def test_only_the_named_models_are_measured(run, monkeypatch):
     measured = {}
     monkeypatch.setattr(harness, "open_run", lambda _: replace(run, smoke=False))
     monkeypatch.setattr(harness.Run, "on_gpu", True)
     monkeypatch.setattr(harness.Run, "measure_ceilings", lambda _: None)
-    monkeypatch.setattr(bench_model, "measure", lambda table, sizes, _: measured.update({table: [*sizes]}) or True)
+    monkeypatch.setattr(harness.Run, "report", lambda *_, **__: None)
+    monkeypatch.setattr(
+        bench_model, "measure", lambda table, name, *_: measured.setdefault(table, []).append(name) or []
+    )
     assert bench_model.main(["--models", "N = 785", "B/16", "T/16"]) == 0
     assert measured == {"crate": ["B/16", "T/16"], "growth": ["N = 785"]}
 
@@ -57,7 +66,7 @@ def test_benchmarked_models_have_the_papers_sizes():
 def test_a_measurement_on_a_gpu_fills_every_column(pretended_gpu, monkeypatch):
     run = pretended_gpu
     monkeypatch.setitem(bench_model.PEERS, "crate", [OURS])
-    assert bench_model.measure("crate", {"tiny": TINY}, run)
+    assert _measure("crate", {"tiny": TINY}, run)
     known = {"latency_ms": 1.0, "calls": 5, "peak_mib": 2.0, "images_per_s": 3000}
     for row in run.rows:
         assert known.items() <= row.items()
@@ -94,7 +103,7 @@ def test_a_wrong_model_is_red_and_the_other_peers_have_numbers(run, monkeypatch)
     sizes = {mutant.__name__: replace(TINY, width=width) for width, mutant in mutants.items()}
     sizes["right"] = replace(TINY, width=48)
     monkeypatch.setitem(bench_model.PEERS, "model", [OURS, RELEASED])
-    assert not bench_model.measure("model", sizes, run)
+    assert not _measure("model", sizes, run)
     for row in run.rows:
         wrong = row["model"] != "right" and row["peer"] == OURS
         assert wrong == (row["latency_ms"] is None) == row.get("red", False), row["model"]
@@ -106,7 +115,7 @@ def test_a_wrong_autoencoder_gives_no_numbers(run, monkeypatch, capsys):
     size, forward = replace(TINY, masked=True), model_problem.ReleasedCRATEMAE.forward
     wrong = lambda *a, **o: tuple(1.001 * value for value in forward(*a, **o))  # noqa: E731
     monkeypatch.setattr(model_problem.ReleasedCRATEMAE, "forward", wrong)
-    assert not bench_model.measure("model", {"MAE": size}, run)
+    assert not _measure("model", {"MAE": size}, run)
     assert "the peers disagree: output" in capsys.readouterr().err
 
 
@@ -128,7 +137,7 @@ def test_if_the_released_form_runs_out_of_memory_ours_is_compared_with_pytorchs_
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model_problem.ReleasedCRATE, "forward", out_of_memory)
-    assert bench_model.measure("growth", {"tiny": TINY}, run)
+    assert _measure("growth", {"tiny": TINY}, run)
     assert all(row["compared_with"] == UNFUSED for row in run.rows)
     assert all((row["latency_ms"] is None) == (row["peer"] == RELEASED) for row in run.rows)
 
