@@ -119,6 +119,7 @@ class Run:
         from triton.testing import do_bench
 
         if graphed:
+            call()  # compiles and loads its kernels, which is not allowed during a capture
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 call()
