@@ -179,7 +179,7 @@ class Run:
     def report(self, name: str, quiet: bool = False) -> None:
         """Write the rows so far to `name`.{json,md}, except in a smoke run; print the table unless quiet."""
         text = times(self.rows)
-        paths = [] if self.smoke else write_results(name, self.rows, text, self.output, self.facts)
+        paths = [] if self.smoke else write_results(self.output, name, self.rows, text, self.facts)
         if not quiet:
             print("\n".join(["", text, *(f"written: {path}" for path in paths)]))
 
@@ -257,34 +257,29 @@ def run_benchmark(
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def earlier_rows(path: Path, measured: Iterable[dict], keys: Sequence[str], facts: dict | None = None) -> list[dict]:
-    """Read the rows of a file that are not in `measured` by their keys.
-
-    With `facts`, drop rows of other facts, such as another device.
-    """
+def earlier_rows(path: Path, measured: Iterable[dict], keys: Sequence[str], facts: dict) -> list[dict]:
+    """Read the rows of a file that are not in `measured` by their keys; drop those of other facts."""
     if not path.exists():
         return []
     content = json.loads(path.read_text())
     new = {tuple(row[key] for key in keys) for row in measured}
     rows = [row for row in content["rows"] if tuple(row[key] for key in keys) not in new]
-    same = [row for row in rows if (facts or {}).items() <= (content | row).items()]
+    same = [row for row in rows if facts.items() <= (content | row).items()]
     if len(same) < len(rows):
         print(f"{path}: {len(rows) - len(same)} rows of another {' or '.join(facts)} are dropped")
     return same
 
 
-def write_results(
-    name: str, rows: list[dict], table: str, folder: Path = RESULTS, more: dict[str, object] | None = None
-) -> list[Path]:
+def write_results(folder: Path, name: str, rows: list[dict], table: str, more: dict[str, object]) -> list[Path]:
     """Write `name`.json (rows and provenance) and `name`.md (table and command); return the paths.
 
     `more` is added to the provenance and replaces facts of the same name.
     """
-    facts = provenance() | (more or {})
+    facts = provenance() | more
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.json", folder / f"{name}.md"]
     paths[0].write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
-    keys = dict.fromkeys(("commit", "torch", "python", "device", *(more or {}), "time"))
+    keys = dict.fromkeys(("commit", "torch", "python", "device", *more, "time"))
     made = ", ".join(f"{key} {facts[key]}" for key in keys)
     paths[1].write_text(f"{table}\nMade by `{facts['command']}`: {made}.\n")
     return paths

@@ -172,10 +172,10 @@ def take(source: Path, results: Path = RESULTS) -> None:
                 if old["latency_ms"] is None and row["latency_ms"] is not None:
                     found[tuple(row[key] for key in KEYS)] = row
             merged = earlier_rows(results / f"{name}.json", measured, KEYS, same) + list(found.values())
-            write_results(name, merged, times(merged), results, _facts(measured[0]) | COMMAND)
+            write_results(results, name, merged, times(merged), _facts(measured[0]) | COMMAND)
     kept = [row | {"reason": row["reason"] and str(row["reason"])[:300]} for row in rows if "bench" not in row]
     kept = earlier_rows(results / "gpu_check.json", kept, ["stage"], same) + kept
-    write_results("gpu_check", kept, summary(kept, "all"), results, facts | COMMAND)
+    write_results(results, "gpu_check", kept, summary(kept, "all"), facts | COMMAND)
 
 
 def _facts(row: dict) -> dict:
