@@ -26,8 +26,6 @@ ROUNDS = 1 if REHEARSED else 3
 MEASUREMENT_MS = 1.0 if REHEARSED else 50.0
 ATTENTION = ["tiny"] if REHEARSED else ["B16", "S16", "B8", "S8", "B8-480"]
 ISTA = ["tiny"] if REHEARSED else ["B16", "B8"]
-COMPILED_FIRST = ["FlexAttention", "three products, compiled", "one product, compiled"]
-COMPILED_FIRST += ["torch.compile of the eager form"]
 PROFILED = 30  # rows in a profile's table
 COUNTED = (
     *("whole_head_forward", "whole_head_backward", "ista_forward"),
@@ -122,7 +120,7 @@ def _operator_items() -> tuple[list[dict], list[dict]]:
             if peer.compiles:
                 compiled.append(item | {"name": f"{label}: {peer.name}", "peers": ["ours", peer.name]})
     shapes = [*ATTENTION, *ISTA]  # by shape, so that a short run has each peer
-    compiled.sort(key=lambda item: (shapes.index(item["shape"]), COMPILED_FIRST.index(item["peers"][1])))
+    compiled.sort(key=lambda item: shapes.index(item["shape"]))
     return plain, compiled
 
 
