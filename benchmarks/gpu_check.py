@@ -32,9 +32,7 @@ import sys
 import tempfile
 import time
 import traceback
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,16 +191,11 @@ class Check:
                 except Exception:
                     self.rows.add(stage.name, "red", f"the check's own error: {traceback.format_exc()}")
 
-    @contextmanager
-    def clocks_logged(self):
-        """Log the card's clocks meanwhile: throttling, or another process on the card, shows there."""
+    def log_clocks(self) -> Process:
+        """Log the card's clocks: throttling, or another process on the card, shows there."""
         fields = "timestamp,clocks.sm,power.draw,utilization.gpu,clocks_event_reasons.active"
         command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-lms", "1000"]
-        process = Process(Job("clocks", command, math.inf), ROOT, self.logs, self.environment, self.end)
-        try:
-            yield
-        finally:
-            process.kill("the check has ended")
+        return self.start(Job("clocks", command, math.inf))
 
     def pack(self) -> str:
         """Write the archive and the summary; return the summary."""
@@ -451,12 +444,9 @@ def prepare() -> int:
     target = CARRIED / PTXAS
     if not target.exists():
         with tempfile.TemporaryDirectory() as folder:
-            words = ["pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder, WHEEL]
+            words = ["pip", "install", "--no-deps", "--only-binary=:all:", "--target", folder, WHEEL]
             subprocess.run([sys.executable, "-m", *words], check=True)
-            (wheel,) = Path(folder).glob("*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                names = [name for name in archive.namelist() if re.search(r"/nvidia/bin/ptxas[^/]*$", name)]
-                tools = [Path(archive.extract(name, folder)) for name in names]
+            tools = Path(folder).glob("triton/backends/nvidia/bin/ptxas*")
             newest = max(tools, key=lambda tool: [int(number) for number in _ptxas_version(tool).split(".")])
             target.write_bytes(lzma.compress(newest.read_bytes(), preset=6))
     print(f"{CARRIED}: commit {commit}, {target.name} {target.stat().st_size / 2**20:.0f} MiB; carry this folder")
@@ -502,15 +492,17 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, stop)
     signal.setitimer(signal.ITIMER_REAL, max(1.0, check.end - time.monotonic() + 4.0))  # if a stage does not end
+    clocks = [] if check.rehearse else [check.log_clocks()]
     try:
-        with nullcontext() if check.rehearse else check.clocks_logged():
-            check.go([stage for stage in PARTS[options.part] if stage.name in wanted])
+        check.go([stage for stage in PARTS[options.part] if stage.name in wanted])
     except TimeUp as reason:
         check.rows.add("check", "n/a", f"stopped by {reason}")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
+        for process in clocks:
+            process.kill("the check has ended")
         page = check.pack()
         # callers see the last 12,000 characters
         print(page if len(page) < 10_000 else f"{page[:5000]}\n[...]\n{page[-4500:]}")

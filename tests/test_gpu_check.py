@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import zipfile
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -24,6 +23,7 @@ import isolation
 import pytest
 import update_readme
 from gpu_check import TRIAL, Check, Stage
+from image_data import write_tree
 from isolation import Job, Process
 from runs import forked_python, wait_until
 
@@ -463,10 +463,10 @@ def test_prepare_writes_the_wheels_newest_assembler_and_the_commit(tmp_path, mon
     def pip(command, **options):
         if "pip" not in command:
             return run(command, **options)
-        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "triton.whl", "w") as wheel:
-            for name, version in (("ptxas", "12.9.86"), ("ptxas-blackwell", "13.4.59"), ("nvdisasm", "99.9")):
-                text = f"#!/bin/sh\necho Cuda compilation tools, release 1, V{version}\n"
-                wheel.writestr(f"triton/backends/nvidia/bin/{name}", text)
+        for name, version in (("ptxas", "12.9.86"), ("ptxas-blackwell", "13.4.59"), ("nvdisasm", "99.9")):
+            text = f"#!/bin/sh\necho Cuda compilation tools, release 1, V{version}\n"
+            target = Path(command[command.index("--target") + 1])
+            write_tree(target, {f"triton/backends/nvidia/bin/{name}": text.encode()})
 
     run = subprocess.run
     monkeypatch.setattr(gpu_check.subprocess, "run", pip)
