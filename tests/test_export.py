@@ -1,7 +1,6 @@
 """Exported models compute the model's outputs at new batch sizes; a wrong export is not written."""
 
 import json
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -57,20 +56,12 @@ def test_every_output_equals_the_models_at_new_batches(exported, file):
             run(wrong)
 
 
-@torch.no_grad()
-def test_an_exported_program_loads_without_crate_fast(exported, tmp_path):
-    loaded, folder = exported
-    images = torch.randint(256, (2, 3, 48, 48), dtype=torch.uint8)
-    torch.save(images, tmp_path / "images.pt")
-    code = """
-import sys; sys.modules['crate_fast'] = None
-import torch
-program = torch.export.load(sys.argv[1] + '/model.pt2')
-torch.save(program.module()(torch.load('images.pt', weights_only=True))['logits'].detach(), 'found.pt')
-"""
-    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=tmp_path, check=True)
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
-    torch.testing.assert_close(found, loaded.model(loaded.normalize(images)), rtol=1e-4, atol=1e-5)
+def test_an_exported_program_loads_without_crate_fast(exported, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "crate_fast"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    program = torch.export.load(exported[1] / "model.pt2")
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {operator.partition(".")[0] for operator in operators} == {"aten"}  # ours would still be registered
 
 
 def test_a_file_describes_the_exported_model(exported, tiny_run):
