@@ -193,15 +193,6 @@ def test_a_worker_opens_the_gpu_before_its_first_item_begins(tmp_path, monkeypat
     assert file.read_text() == "a\n\n"
 
 
-def test_warming_and_timing_find_the_same_compiled_graph():
-    """While warming, choices of configurations are not kept; this must not be part of the graph's key."""
-    from torch._inductor import config
-
-    key = config.save_config_portable()
-    with config.patch(autotune_local_cache=False):
-        assert config.save_config_portable() == key
-
-
 @pytest.mark.parametrize("poisoned", [False, True])
 def test_a_probe_that_fails_during_compilation_is_reported(tmp_path, monkeypatch, poisoned):
     def synchronize():
