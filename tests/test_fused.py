@@ -146,16 +146,14 @@ def test_the_model_on_kernels_agrees_with_pytorch(options, device):
         assert (ours[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("autocast", [None, torch.float16], ids=str)
-def test_the_compiled_model_agrees_with_eager(autocast, device):
+def test_the_compiled_model_agrees_with_eager(device):
     model = _model(device, depth=1)
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
     images = torch.randn(1, 3, 16, 16, device=device)
-    eager, whole = (model_gradients(runner, images, autocast) for runner in (model, compiled))
-    tolerance = 2e-2 if autocast else 1e-4
+    eager, whole = (model_gradients(runner, images, torch.float16) for runner in (model, compiled))
     for name, expected in eager.items():
         assert name == "output" or whole[name].dtype == torch.float32
-        assert (whole[name] - expected).norm() <= tolerance * expected.norm() + 1e-6
+        assert (whole[name] - expected).norm() <= 2e-2 * expected.norm() + 1e-6
 
 
 def test_checkpointing_gives_the_same_bits(device):
