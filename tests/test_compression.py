@@ -49,9 +49,9 @@ def _inputs(device, dtype=SINGLE, shape=(2, 17)) -> list[Tensor]:
 
 
 CASES = [  # [B, N], dtype, autocast, fused output map, which has no tile in fp32
-    *itertools.product([(2, 17), (1, 1), (2, 65)], [SINGLE], [None], "1"),
-    *itertools.product([(2, 17), (1, 1), (2, 65)], [HALF], [None], "01"),
-    *itertools.product([(2, 65), (8, 33)], [SINGLE], [HALF], "01"),
+    *itertools.product([(1, 1), (2, 65)], [SINGLE], [None], "1"),
+    *itertools.product([(1, 1), (2, 65)], [HALF], [None], "01"),
+    *itertools.product([(8, 33)], [SINGLE], [HALF], "01"),
 ]
 
 
@@ -150,11 +150,11 @@ def test_wrong_inputs_are_errors(device):
 
 
 def test_a_layers_halves_are_fused_unless_a_module_has_a_hook(device, monkeypatch):
-    model = CRATE(**MODEL, backend="triton").to(device)
-    images = torch.randn(2, 3, 16, 16, device=device)
+    model = CRATE(**(MODEL | {"depth": 1}), backend="triton").to(device)
+    images = torch.randn(1, 3, 16, 16, device=device)
     calls = {half: _count(monkeypatch, half) for half in ("compress", "ista")}
     expected = model(images)
-    assert {half: len(found) for half, found in calls.items()} == dict.fromkeys(calls, MODEL["depth"])
+    assert calls == {"compress": [1], "ista": [1]}
     attention, sparsifier = model.transformer.layers[0]
     parts = (attention, attention.norm, attention.fn, attention.fn.qkv, *attention.fn.to_out)
     hooks = [("compress", module, "forward_hook") for module in parts]
@@ -169,7 +169,7 @@ def test_a_layers_halves_are_fused_unless_a_module_has_a_hook(device, monkeypatc
             out.sum().backward()
         handle.remove()
         assert fired == [1]
-        assert len(calls[half]) == MODEL["depth"] - 1
+        assert calls[half] == []
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
