@@ -29,6 +29,7 @@ TINY = Size(32, 2, 2, 16, batch=3, image=64, classes=10)  # 17 tokens, 51 in the
 
 def test_the_smoke_run_measures_every_peer_of_every_table_and_writes_nothing(capsys, monkeypatch):
     monkeypatch.setattr(harness, "write_results", None)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)  # test_benchmarks.py: compiled peers
     assert bench_model.main(["--smoke"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for table, sizes in bench_model.SMOKE.items():
