@@ -56,10 +56,8 @@ def _attention_is_right(attend, w: Tensor, grad: Tensor, scale: float | None = N
 
 
 ATTENTION = [  # schedule, [B, N, H, D], dtype, options of `tokens_and_gradient`
-    *itertools.product(
-        [by_rows], [(2, 1, 2, 8), (1, 15, 6, 32), (1, 16, 12, 48), (2, 17, 1, 80)], [SINGLE, HALF], [{}]
-    ),
-    *itertools.product([by_rows], [(1, 64, 1, 128), (1, 65, 2, 64), (2, 197, 1, 64)], [SINGLE, HALF], [{}]),
+    *((by_rows, shape, SINGLE, {}) for shape in ((1, 15, 6, 32), (1, 16, 12, 48), (1, 64, 1, 128))),
+    *itertools.product([by_rows], [(2, 1, 2, 8), (2, 17, 1, 80), (2, 197, 1, 64)], [SINGLE, HALF], [{}]),
     *((by_rows, shape, HALF, {}) for shape in ((1, 196, 1, 48), (1, 785, 1, 64))),
     # one to three blocks; a remainder of no key, one key, or several blocks of keys, full or not
     *((whole_heads, (1, n, 1, 64), SINGLE, {}) for n in (64, 65, 130, 180, 192, 197, 209, 226, 256)),
