@@ -161,16 +161,8 @@ def test_a_wrong_kernel_is_an_error_at_its_first_launch(launched, argument, chan
         _call(name, _arguments(name, device))
     message = str(error.value)
     assert message.startswith(f"the kernel crate_fast::{name} is wrong: ")
-    words = (
-        "torch ",
-        "triton ",
-        "TRITON_PTXAS_PATH",
-        "TRITON_PTXAS_BLACKWELL_PATH",
-        "backend='torch'",
-        "--precision fp32",
-        "CRATE_FAST_SELF_CHECK=0",
-    )
-    assert [word for word in words if word not in message] == []
+    for words in ("triton ", "TRITON_PTXAS_PATH", "backend='torch'", "CRATE_FAST_SELF_CHECK=0"):
+        assert words in message
     assert "\n" not in message
     assert self_check._right == set()  # every later launch is an error, too
 
@@ -270,30 +262,23 @@ def test_the_check_is_off_by_choice_and_in_the_interpreter(launches, monkeypatch
         monkeypatch.delenv("CRATE_FAST_SELF_CHECK", raising=False)
 
 
-def test_another_variant_of_a_kernel_is_checked(device):
-    variants = [{}, {"rows": 48}, {"rows": 1}, {"width": 32}, {"norm": False}]
-    variants += [{"dtype": SINGLE}, {"dtype": SINGLE, "product": HALF}]
-    for total, change in enumerate(variants, 1):
-        _call("ista.forward", _arguments("ista.forward", device, **change))
-        assert len(self_check._right) == total, change
-    _call("ista.forward", _arguments("ista.forward", device, rows=56))  # neither 1 nor a multiple of 16, as 40
-    assert len(self_check._right) == len(variants)
-    *arguments, options = _arguments("product.product", device)
-    for more, alpha in ((1, 1.0), (2, 0.5), (2, 0.25)):  # a factor of 1 is left out of the kernel
-        _call("product.product", (*arguments, options | {"alpha": alpha}))
-        assert len(self_check._right) == len(variants) + more, alpha
-
-
-def test_a_large_launch_and_a_weight_of_another_height_are_other_variants(monkeypatch, device):
-    monkeypatch.setattr(self_check, "ELEMENTS", 2**12)
+def test_another_variant_of_a_kernel_is_checked(monkeypatch, device):
+    monkeypatch.setattr(self_check, "ELEMENTS", 2**12)  # a launch of 72 rows is large, one of 48 is not
+    changes = [{}, {"rows": 48}, {"rows": 1}, {"rows": 72}, {"width": 32}, {"norm": False}]
+    changes += [{"dtype": SINGLE}, {"dtype": SINGLE, "product": HALF}]
+    calls = [("ista.forward", _arguments("ista.forward", device, **change)) for change in changes]
     x, channel = torch.randn(40, 64, device=device).half(), torch.randn(64, device=device).half()
-    weights, tile = [torch.randn(height, 64, device=device).half() for height in (64, 96)], Tile(32, 32, 4, 1, 32)
-    calls = [("ista.forward", _arguments("ista.forward", device, rows=rows)) for rows in (40, 72)]  # 40 · 64 < 2¹²
-    calls += [("folding.scale", (weight, channel, channel, HALF)) for weight in weights]
-    calls += [("product.product", (x, weight, None, tile, {"dtype": HALF})) for weight in weights]
+    tile = Tile(32, 32, 4, 1, 32)
+    for weight in (torch.randn(height, 64, device=device).half() for height in (64, 96)):
+        calls += [("folding.scale", (weight, channel, channel, HALF))]
+        calls += [("product.product", (x, weight, None, tile, {"dtype": HALF}))]
+    calls += [("product.product", (x, weight, None, tile, {"dtype": HALF, "alpha": 0.5}))]  # 1 needs no code
     for total, (name, arguments) in enumerate(calls, 1):
         _call(name, arguments)
         assert len(self_check._right) == total, (name, total)
+    _call("ista.forward", _arguments("ista.forward", device, rows=56))  # neither 1 nor a multiple of 16, as 40
+    _call("product.product", (x, weight, None, tile, {"dtype": HALF, "alpha": 0.25}))  # as 0.5
+    assert len(self_check._right) == len(calls)
 
 
 def test_another_alignment_or_stride_is_another_variant(launches, device):
