@@ -25,6 +25,7 @@ from crate_fast.kernels import folding as folding_kernels
 from crate_fast.kernels import ista as ista_kernels
 from crate_fast.kernels import launch
 from crate_fast.model import ALPHA_OPTIONS
+from crate_fast.odl import odl
 from crate_fast.probes import PROBLEMS, norm_ista
 from crate_fast.reference import ista_reference
 
@@ -367,6 +368,7 @@ def test_second_derivatives_are_an_error(device):
         (_norm_ista(x, weight, bias, dictionary), x),
         (ista(x, dictionary, backend="triton"), dictionary),
         (subspace_attention(w.cpu()), w),
+        (odl(x.cpu(), dictionary.cpu(), dictionary.cpu()), x),
     ):
         (grad,) = torch.autograd.grad(out.square().sum(), tensor, create_graph=True)
         with pytest.raises(RuntimeError, match="cannot be differentiated again"):
