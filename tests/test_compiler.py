@@ -4,7 +4,6 @@ table was made for, does not spill."""
 import json
 import multiprocessing
 import os
-from dataclasses import replace
 from operator import attrgetter
 
 import compile_report
@@ -55,51 +54,40 @@ def test_measured_tiles_take_precedence(tmp_path, monkeypatch):
             find("whole_head_forward", cpu, "half", 64)
 
 
+ATTENTION = [f"attention_{way} {width}" for way in ("forward", "backward") for width in (64, 128)]
+PRODUCTS = ["ista_forward 768 norm", "weight_gradient 768", "output_map 768 mixed norm"]  # the last not in TF32
+HOPPER = ["attention_forward 80", "attention_backward 48", "attention_backward 80"]
+HOPPER += ["whole_head_forward 240×48", "whole_head_forward 240×48 rest"]
+HOPPER += ["whole_head_backward 256×64", "whole_head_backward 240×48", "whole_head_backward 240×48 rest"]
+HOPPER += ["ista_forward 384 norm", "ista_forward 768 masked", "ista_backward_input 768 mixed"]
+HOPPER += ["output_map 384 mixed norm", *(f"{kernel} 768" for kernel in compile_report.ROWWISE)]
+# Of each tile, the sizes with the most code, registers and shared memory: on Hopper heads of 240×48 have the masks of
+# 197×48 and 197×64, and heads of 32 the code of 64.
+TESTED = {
+    ("sm_80", "half"): PRODUCTS,  # its other tiles are also those of sm_86, which has less shared memory
+    ("sm_86", "half"): ATTENTION + PRODUCTS,
+    ("sm_86", "tf32"): ATTENTION + PRODUCTS[:2],
+    ("sm_90", "half"): ATTENTION + PRODUCTS + HOPPER,
+    ("sm_90", "tf32"): ATTENTION + PRODUCTS[:2],
+    ("sm_100", "half"): ATTENTION[1:] + PRODUCTS,  # in TF32 it has Hopper's tiles
+}
 # the same kernel, with more registers
 STANDS_IN = {("ista_backward_input", "half"): "output_map", ("ista_backward_input", "tf32"): "ista_forward"}
-REDUNDANT = {("weight_gradient", "384"), ("attention_forward", "48"), ("whole_head_forward", "256×64")}  # on Hopper
-
-
-def _is_shown_by_another(case: compile_report.Case) -> bool:
-    """Return True if another tested case has the same code and needs as many registers and as much shared memory.
-
-    On Hopper, heads of 240×48 have the masks of 197×64 and 197×48, and heads of 32 have the code of 64 with fewer
-    registers. In TF32 Blackwell has Hopper's tiles. ISTA's gradient is the output map without its LayerNorm; its own
-    mask is compiled on Hopper at 768. A narrower weight has half the tile's columns.
-    """
-    row, size = (case.architecture, case.precision), case.size.split()[0]
-    if row == ("sm_100", "tf32"):
-        return replace(case, architecture="sm_90") in compile_report.cases(("sm_90",))
-    if case.kernel == "ista_backward_input":
-        return (*row, size) != ("sm_90", "half", "768")
-    if row == ("sm_90", "half") and (case.kernel, case.size) in REDUNDANT:
-        return True
-    return (*row, size) in {("sm_90", "half", n) for n in ("197×48", "197×64", "32")}
-
-
-def _tested_cases() -> list[compile_report.Case]:
-    """Return the largest case of each tile, on Hopper of each width, unless a smaller chip has the same case."""
-    cases, largest = [case for case in compile_report.cases() if not _is_shown_by_another(case)], {}
-    smaller = {replace(case, architecture="sm_80") for case in cases if case.architecture == "sm_86"}
-    for case in cases:  # in ascending order of size; a kernel's simplest variant comes first
-        hopper, (size, *words) = case.architecture == "sm_90" and case.precision == "half", case.size.split()
-        if case not in smaller and (hopper or case.kernel not in compile_report.ROWWISE):
-            part = next((word for word in words if word in ("rest", "masked") and hopper), size if hopper else "")
-            largest[replace(case, size="rest" if "rest" in words else part)] = case
-    return list(largest.values())
 
 
 def test_every_row_compiles_and_fits(monkeypatch, capsys):
     """`compile_report.py` compiles in another process, because this one interprets; it exits with 0 on success."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    cases = _tested_cases()
+    tested = {(*row, name) for row, names in TESTED.items() for name in names}
+    cases = [c for c in compile_report.cases() if (c.architecture, c.precision, f"{c.kernel} {c.size}") in tested]
+    assert len(cases) == len(tested)
     row_of = attrgetter("architecture", "kernel", "precision", "tile")
-    rows, tested = set(map(row_of, compile_report.cases())), set(map(row_of, cases))
-    for architecture, kernel, *row in rows - tested:
+    rows, shown = set(map(row_of, compile_report.cases())), set(map(row_of, cases))
+    for architecture, kernel, *row in rows - shown:
         alike = {("sm_80", row[0]): "sm_86", ("sm_100", "tf32"): "sm_90"}.get((architecture, row[0]), architecture)
         names = {kernel, STANDS_IN.get((kernel, row[0]))}
         found = {(chip, name, *row) for chip in (architecture, alike) for name in names}
-        assert kernel in compile_report.ROWWISE or found & tested
+        assert kernel in compile_report.ROWWISE or found & shown
     monkeypatch.setattr(compile_report, "cases", lambda architectures: cases)
     status = compile_report.main(["--processes", "1"])
     printed = capsys.readouterr().out
