@@ -74,7 +74,7 @@ KERNELS = list(tile_search.CANDIDATES)
 @pytest.fixture
 def small_tiles(monkeypatch):
     for name in ("TIMED", "WARMED"):
-        monkeypatch.setattr(tile_search, name, {"short": (2, 70, 2), "long": (1, 130, 1), "rows": 96})
+        monkeypatch.setattr(tile_search, name, {"short": (1, 70, 1), "long": (1, 130, 1), "rows": 96})
     monkeypatch.setattr(tile_search, "WIDTH", 64)
     monkeypatch.setattr(tile_search, "CHECKED_ROWS", 20)
     cached = tile_search.problems
