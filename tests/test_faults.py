@@ -93,11 +93,11 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_run(whole, tmp_path):
     assert [entry["step"] for entry in entries(folder) if "loss" in entry] == list(range(1, 13))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_signal_during_evaluation_postpones_the_evaluation(whole, tmp_path, monkeypatch, capsys, request, number):
+def test_ctrl_c_during_evaluation_postpones_the_evaluation(whole, tmp_path, monkeypatch, capsys, request):
     folder = tmp_path / "run"
     words = [*TINY, "--output", str(folder), *EVERY_EPOCH]
-    prepare, calls, handler = trainer.Trainer.prepare_images, [], signal.default_int_handler
+    prepare, calls = trainer.Trainer.prepare_images, []
+    number, handler = signal.SIGINT, signal.default_int_handler
     request.addfinalizer(partial(signal.signal, number, signal.signal(number, handler)))  # a shell may ignore SIGINT
 
     def interrupted(self, images):
@@ -107,7 +107,7 @@ def test_a_signal_during_evaluation_postpones_the_evaluation(whole, tmp_path, mo
 
     monkeypatch.setattr(trainer.Trainer, "prepare_images", interrupted)
     assert pretrain.main(words) == 0
-    assert f"{number.name}: saved step 6 of 12" in capsys.readouterr().out
+    assert "SIGINT: saved step 6 of 12" in capsys.readouterr().out
     assert calls
     assert signal.getsignal(number) == handler  # restored
     assert not any("val_accuracy" in entry for entry in entries(folder))
