@@ -176,14 +176,6 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         load_initial(build_model(tiny_config(), 12), tiny_config(init=_file(tmp_path, model)))
 
 
-def test_positions_of_an_autoencoders_encoder_are_resampled(tmp_path):  # its own: test_pretrain_mae.py
-    source = CRATEMAE(img_size=64, patch_size=8, embed_dim=32, depth=2, num_heads=2)
-    config = tiny_config(init=_file(tmp_path, source), model="crate_mae_encoder_tiny_patch16_224", head="new")
-    load_initial(encoder := build_model(config, 12), config)
-    expected = resample_abs_pos_embed(source.decoder_pos_embed, [4, 4], [8, 8])
-    torch.testing.assert_close(encoder.pos_embedding.detach(), expected, rtol=0, atol=0)
-
-
 def test_models_with_other_positions_than_a_vits_load_unchanged(tmp_path):
     """Models without positions, without CLS, and with another layout."""
     for name, sizes in (
