@@ -171,6 +171,7 @@ def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(tmp_p
         ("--optimizer cadamw --parallel fsdp", "optimizer='cadamw' needs whole weights: pass --parallel ddp"),
         ("--optimizer adahessian", "second derivatives"),
         ("--model vit_tiny_patch16_224.nope", "did you mean 'vit_tiny_patch16_224'?"),
+        ("--mask-ratio 0.5", "mask_ratio: model='crate_tiny_patch8_224' is not an autoencoder; leave them out"),
         ("--model resnet18", "models without img_size cannot be trained here"),
         ("--model vit_tiny_patch16_224 --heads 7", "cannot be built with {'img_size'"),
         ("--train-samples 96", "the training split has 96 images, fewer than batch_size=128"),

@@ -74,12 +74,6 @@ def test_bad_settings_are_errors(words, message, tmp_path, refuses):
     refuses(message, pretrain_mae.main, [*TINY, *words, "--output", str(tmp_path / "run")])
 
 
-def test_settings_of_an_autoencoder_are_errors_for_a_classifier(tmp_path, refuses):
-    message = "model='crate_tiny_patch8_224' is not an autoencoder; leave them out"
-    for words in (["--visible-only"], ["--mask-ratio", "0.5"], ["--decoder-depth", "1"]):
-        refuses(message, pretrain.main, [*TINY, *words, "--output", str(tmp_path / "run")])
-
-
 def test_pretrain_trains_an_autoencoder_of_four_patches(tmp_path):
     words = [*TINY, "--model", "crate_mae_tiny_patch16_224", "--image-size", "16", "--mask-ratio", "0.5"]
     words += ["--visible-only", "--decoder-depth", "1", "--norm-pix-loss", "--epochs", "1", "--output", str(tmp_path)]
