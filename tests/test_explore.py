@@ -28,7 +28,7 @@ from crate_fast.errors import UserError
 from crate_fast.eval.common.images import SceneImages, free_photographs
 from crate_fast.eval.common.models import open_model
 from crate_fast.eval.explore import command
-from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, Pictures, decode
+from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, LRUCache, Pictures, decode
 from crate_fast.eval.maskcut import maskcut
 from crate_fast.eval.pca import pca_rgb
 from crate_fast.options import parse
@@ -246,18 +246,13 @@ def test_an_edited_picture_is_inspected_again(tmp_path):
     assert explorer.inspection(0, "f0").summary["top"] != before.summary["top"]
 
 
-def test_caches_are_bounded():
-    explorer = explorer_with(*SHIPPED)
-    explorer.inspections.limit = 2
-    for number in range(5):
-        explorer.inspection(0, f"s{number}")
-    assert list(explorer.inspections.values) == [(0, "s3", None), (0, "s4", None)]
-    files = [picture_file(number) for number in range(3)]
-    explorer.pictures._uploads.limit = 2
-    keys = [explorer.pictures.add(data, "a.png") for data in files]
-    with pytest.raises(UserError, match="upload it again"):
-        explorer.pictures.view(keys[0])
-    assert explorer.pictures.view(keys[2]).size == (96, 64)
+def test_caches_drop_what_was_used_least_recently():
+    cache = LRUCache(2)
+    for key in "ab":
+        cache.put(key, key.upper())
+    assert cache.get("a") == "A"
+    cache.put("c", "C")
+    assert [cache.get(key) for key in "abc"] == ["A", None, "C"]
 
 
 def test_without_a_folder_there_are_photographs_with_credits_before_scenes_at_the_models_size():
