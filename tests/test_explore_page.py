@@ -237,7 +237,7 @@ def test_a_model_without_cls_token_shows_the_attention_of_patches(visit):
     assert {row["query"] for row in visit.table("attention")} == {"patch 0, 0"}
 
 
-def test_a_slow_upload_is_listed_once_and_replaces_no_newer_choice(visit, explorer):
+def test_a_slow_upload_replaces_no_newer_choice_and_a_file_can_be_dropped(visit, explorer, tmp_path):
     page, held = visit.page, visit.hold("**/api/pictures?name=slow.png*")
     slow, quick = picture_file(31), picture_file(32)
     with page.expect_request("**/api/pictures?name=slow.png*"):
@@ -251,10 +251,7 @@ def test_a_slow_upload_is_listed_once_and_replaces_no_newer_choice(visit, explor
     visit.upload("slow.png", slow)
     visit.wait(f"0/{explorer.pictures.add(slow, 'x')}/2/cls")
     assert page.locator("#pictures [title='slow.png']").count() == 1
-
-
-def test_a_dropped_file_is_shown_and_a_deleted_one_is_an_error(visit, explorer, tmp_path):
-    page, file = visit.page, tmp_path / "dropped.png"
+    file = tmp_path / "dropped.png"
     file.write_bytes(picture_file(33))
     page.evaluate("document.body.append(Object.assign(document.createElement('input'), {type: 'file', id: 'other'}))")
     page.set_input_files("#other", file)
@@ -268,16 +265,6 @@ def test_a_dropped_file_is_shown_and_a_deleted_one_is_an_error(visit, explorer, 
     file.unlink()
     page.evaluate(drop)
     visit.wait_for_problem("dropped.png cannot be read")
-
-
-def test_an_error_of_the_server_is_shown(visit):
-    failure = {"status": 500, "content_type": "text/plain", "body": "Internal Server Error"}
-    visit.page.route("**/api/*", lambda route: route.fulfill(**failure))
-    visit.choose(3)
-    visit.wait_for_problem("The explorer failed (500)")
-    visit.page.reload()
-    visit.wait_for_problem("The explorer failed (500)")
-    assert visit.page.inner_text("#status") == ""
 
 
 def test_a_bad_picture_is_a_message_and_the_page_keeps_working(visit, tmp_path):
@@ -302,7 +289,7 @@ def test_a_bad_picture_is_a_message_and_the_page_keeps_working(visit, tmp_path):
     assert visit.page.locator("#pictures img[src=x]").count() == 0
 
 
-def test_a_model_that_cannot_be_opened_is_a_message(visit):
+def test_a_model_that_cannot_be_opened_and_an_error_of_the_server_are_messages(visit):
     visit.page.select_option(".model", label="crate_tiny_patch16_224@nowhere.pth")
     visit.wait_for_problem("nowhere.pth", ".fault")
     assert visit.page.locator("figure:visible").count() == 0
@@ -312,3 +299,10 @@ def test_a_model_that_cannot_be_opened_is_a_message(visit):
     visit.page.select_option(".model", label="shipped:ViT")
     visit.wait("1/s1/3/cls")
     assert not visit.page.is_visible(".fault")
+    failure = {"status": 500, "content_type": "text/plain", "body": "Internal Server Error"}
+    visit.page.route("**/api/*", lambda route: route.fulfill(**failure))
+    visit.choose(3)
+    visit.wait_for_problem("The explorer failed (500)")
+    visit.page.reload()
+    visit.wait_for_problem("The explorer failed (500)")
+    assert visit.page.inner_text("#status") == ""
