@@ -187,6 +187,18 @@ def no_figures():
 
 
 @pytest.fixture
+def unsaved_figures(monkeypatch):
+    """Write empty files for figures, which take longer to save than anything else in a small evaluation."""
+
+    def save_empty(figure, paths):
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+    monkeypatch.setattr("crate_fast.eval.common.figures.save_figure", save_empty)
+
+
+@pytest.fixture
 def drawn(monkeypatch):
     """Image grids as a list of (rows, titles), instead of files."""
     found = []

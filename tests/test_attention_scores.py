@@ -268,6 +268,7 @@ def test_files_without_boxes_are_errors(photos, tmp_path):
             BoxedImages(photos[0], 40, tmp_path / "bad.json")
 
 
+@pytest.mark.usefixtures("unsaved_figures")
 def test_the_command_writes_scores_and_a_figure(tmp_path):
     words = "shipped:CRATE --limit 4 --layers -2 --figure-images 2"
     assert localization.main([*words.split(), "--output", str(tmp_path)]) == 0

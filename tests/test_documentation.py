@@ -23,7 +23,6 @@ from image_data import write_tree
 
 import crate_fast
 from crate_fast import cli
-from crate_fast.eval.common import figures
 from crate_fast.train import trainer
 
 ROOT = Path(__file__).parent.parent
@@ -87,16 +86,9 @@ def _main(command: str):
     return module.main, words[at + 1 :]
 
 
-def _save_empty(figure, paths) -> None:
-    """Stand in for `save_figure`; other tests check figures."""
-    for path in paths:
-        write_tree(path.parent, {path.name: b""})
-
-
 @pytest.fixture
-def scratch(tmp_path, monkeypatch):
+def scratch(tmp_path, monkeypatch, unsaved_figures):
     """A working folder with the pages' DATA and PHOTOS."""
-    monkeypatch.setattr(figures, "save_figure", _save_empty)
     names = [f"PHOTOS/{number}.jpg" for number in range(6)]
     names += [f"DATA/train/class{number % 2}/{number}.jpg" for number in range(8)]
     names += [f"DATA/val/class{number % 2}/{number}.jpg" for number in range(4)]

@@ -250,7 +250,7 @@ def finished(photographs, tmp_path_factory):
     process.join()
     before = _times(output)
     wait_until(lambda: not a_job_runs(output), seconds=60)  # no job outlives its parent
-    with pytest.MonkeyPatch.context() as patch:  # a test below draws figures
+    with pytest.MonkeyPatch.context() as patch:  # a test below makes figures
         for name in ("image_grid", "curve_figure"):
             patch.setattr(f"crate_fast.eval.emergence.figures.{name}", lambda *_, **__: None)
         assert main(words) == 0
@@ -273,6 +273,7 @@ def test_a_killed_experiment_continues_and_repeats_no_run(finished):
     assert not list((output / "report").glob("**/.*"))
 
 
+@pytest.mark.usefixtures("unsaved_figures")
 def test_the_report_is_made_from_the_results_alone(finished, tmp_path):
     report = shutil.copytree(finished[0] / "report", tmp_path / "report")
     text = (report / "report.md").read_text()

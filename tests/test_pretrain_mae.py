@@ -21,6 +21,7 @@ from crate_fast.train.reconstruction import reconstructions
 from crate_fast.train.runs import build_model, load_model
 
 OPTIONS = ("--ema-decay", "0.9", "--hflip", "0.5")
+pytestmark = pytest.mark.usefixtures("unsaved_figures")  # not of the shared run
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_a_run_writes_its_losses_and_figures(finished):
     assert same(released_state_dict(model), weights(finished, step, "ema"))
 
 
-def test_losses_do_not_depend_on_processes_and_accumulation(no_figures, tmp_path):
+def test_losses_do_not_depend_on_processes_and_accumulation(tmp_path):
     words = [*OPTIONS, "--visible-only", "--epochs", "1", "--train-samples", "48", "--output"]
     one, other = tmp_path / "one", tmp_path / "other"
     assert pretrain_mae.main([*TINY, *words, str(one)]) == 0
@@ -188,7 +189,7 @@ def test_the_command_measures_and_draws(finished, tmp_path, refuses):
     assert reconstruction.main([f"mae={finished}", *words]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["results"]["mae"]
     assert [row["mask_ratio"] for row in rows] == [0.5, 0.75]
-    assert (tmp_path / "mae.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "mae.png").exists()
     classifier = ["crate_tiny_patch8_224@untrained", *words]
     refuses("is not a CRATE-MAE: name a run of pretrain_mae", reconstruction.main, classifier)
     refuses("decodes 32 px images only", reconstruction.main, [str(finished), *words, "--image-size", "64"])

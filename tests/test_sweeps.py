@@ -65,6 +65,7 @@ def test_every_layer_has_the_scores_of_its_own_evaluation(data):
     assert len({row["mIoU mass"] for row in rows.values()}) == 3
 
 
+@pytest.mark.usefixtures("unsaved_figures")
 def test_by_layer_and_by_epoch_agree_on_the_last_checkpoint(data, tmp_path, tiny_run, refuses):
     common = ["--data", f"coco:{data}", "--image-size", "64", "--limit", "2"]
     assert by_layer.main([f"tiny={tiny_run}@8", *common, "--output", str(tmp_path / "layers")]) == 0
@@ -80,9 +81,8 @@ def test_by_layer_and_by_epoch_agree_on_the_last_checkpoint(data, tmp_path, tiny
     refuses("holds no checkpoints", by_epoch.main, [str(tmp_path), *common])
 
 
-def test_a_damaged_checkpoint_is_left_out_of_a_sweep(tmp_path, tiny_run, capsys, refuses, monkeypatch):
-    for figure in ("curve_figure", "image_grid"):
-        monkeypatch.setattr(by_epoch, figure, lambda *_, **__: None)
+@pytest.mark.usefixtures("unsaved_figures")
+def test_a_damaged_checkpoint_is_left_out_of_a_sweep(tmp_path, tiny_run, capsys, refuses):
     run = shutil.copytree(tiny_run, tmp_path / "run@4")
     arguments = [str(run), "--data", "shape_scenes", "--limit", "2", "--image-size", "32", "--measures", "coarse"]
     weights = next((run / "checkpoints").glob("*8/model.safetensors"))

@@ -70,6 +70,7 @@ def test_the_summary_has_the_last_evaluation(finished):
     assert summary["throughput"]["images_per_s_per_device"] > 0  # measured by the first session
 
 
+@pytest.mark.usefixtures("unsaved_figures")
 def test_coarse_segmentation_of_a_run_equals_its_summary(finished, tmp_path):
     folder, _ = finished
     words = ["--data", "shape_scenes:3", "--limit", "12", "--output", str(tmp_path)]  # the run's seed
