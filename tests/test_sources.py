@@ -292,13 +292,6 @@ class TestHuggingFace:
         with pytest.raises(UserError, match=message):
             open_source(config_of(tmp_path / "data", "hf"), True)
 
-    def test_files_with_different_columns_are_an_error(self, hub, tmp_path):
-        for number, name in enumerate(("label", "fine_label")):
-            _write_parquet(hub, tmp_path / f"train-{number}.parquet", {"image": [_jpeg(0)], name: [0]})
-        with pytest.raises(UserError, match="datasets cannot open .*column names don't match") as caught:
-            open_source(config_of(tmp_path, "hf"), True)
-        assert "\n" not in str(caught.value)
-
 
 def test_torchvision_unpacks_only_archives_that_it_knows(tmp_path, monkeypatch):
     """It does not check the paths in an archive, so its MD5 must be checked before."""
