@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import multiprocessing
 import re
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -42,8 +43,9 @@ def test_committed_results_have_no_absolute_paths():
         assert not re.search(r"[ '\"=](/|~)", json.loads(path.read_text())["command"]), path
 
 
-def test_peak_memory_is_that_of_the_call():
-    """The fresh process imports harness.py alone; for a function of this file it would import every benchmark."""
+def test_peak_memory_is_that_of_the_call(monkeypatch):
+    fork = multiprocessing.get_context("fork")  # imports nothing again
+    monkeypatch.setattr(harness.multiprocessing, "get_context", lambda _: fork)
     allocate = functools.partial(functools.partial, np.ones, (64, 2**17))
     assert 60 < harness.peak_mib(allocate) < 100
 

@@ -200,6 +200,7 @@ def test_bad_plans_are_errors(words, message, tmp_path, refuses):
     ("name", "kinds"),
     [
         ("swin_tiny_patch4_window7_224", ["SwinTransformerBlock"]),
+        ("volo_d1_224", ["Outlooker", "Transformer"]),
         ("mvitv2_tiny", ["MultiScaleBlock"]),
         ("cait_xxs24_224", ["LayerScaleBlock"]),
         ("resnet18", ["BasicBlock"]),
