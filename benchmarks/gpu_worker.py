@@ -88,21 +88,17 @@ def list_items(rows: Rows) -> dict[str, list[dict]]:
     Returns:
         "operators" and "compiled" (with compiled peers), "tiles", "probes", "models", "profile" and "more".
     """
+    makers = {"operators": _operator_items, "tiles": _tile_items, "probes": _probe_items, "models": _model_items}
     found = {}
-    for kinds, make in (
-        (("operators", "compiled"), _operator_items),
-        (("tiles",), _tile_items),
-        (("probes",), _probe_items),
-        (("models", "profile", "more"), _model_items),
-    ):
+    for name, make in makers.items():
         try:
-            found |= dict(zip(kinds, make(), strict=True))
+            found |= make()
         except Exception as error:
-            rows.fail(f"list of {' and '.join(kinds)}", error)
+            rows.fail(f"list of {name}", error)
     return found
 
 
-def _operator_items() -> tuple[list[dict], list[dict]]:
+def _operator_items() -> dict[str, list[dict]]:
     """List by shape ours with all peers that are not compiled, and ours with each compiled peer."""
     import bench_ista
     import bench_mssa
@@ -121,16 +117,16 @@ def _operator_items() -> tuple[list[dict], list[dict]]:
                 compiled.append(item | {"name": f"{label}: {peer.name}", "peers": ["ours", peer.name]})
     shapes = [*ATTENTION, *ISTA]  # by shape, so that a short run has each peer
     compiled.sort(key=lambda item: shapes.index(item["shape"]))
-    return plain, compiled
+    return {"operators": plain, "compiled": compiled}
 
 
-def _tile_items() -> tuple[list[dict]]:
+def _tile_items() -> dict[str, list[dict]]:
     import tile_search
 
-    return (tile_search.items()[: 3 if REHEARSED else None],)
+    return {"tiles": tile_search.items()[: 3 if REHEARSED else None]}
 
 
-def _probe_items() -> tuple[list[dict]]:
+def _probe_items() -> dict[str, list[dict]]:
     """List the probes, whose kernels fill the compilers' cache; the stage `probes` runs them later."""
     from crate_fast.probes import PROBES
 
@@ -138,10 +134,10 @@ def _probe_items() -> tuple[list[dict]]:
     for item, probe in zip(items, PROBES.values(), strict=True):
         half, sizes = probe.precision in ("bfloat16", "float16"), probe.sizes
         item["whole_heads"] = probe.kernel == "attention" and half and 64 <= sizes[1] <= 256 and 32 < sizes[3] <= 64
-    return (items,)
+    return {"probes": items}
 
 
-def _model_items() -> tuple[list[dict], list[dict], list[dict]]:
+def _model_items() -> dict[str, list[dict]]:
     """List training steps of CRATE-B/16 and B/8; a profile; inference, growth, autoencoders and other models."""
     from bench_model import GROWTH, PEERS
     from model_problem import COMPILED, GRAPHS, INFERENCE, OURS, RELEASED, TRAINING, VIT
@@ -152,11 +148,9 @@ def _model_items() -> tuple[list[dict], list[dict], list[dict]]:
 
     profiled = {"name": "profile", "kind": "profile", "shape": "B/16"}
     if REHEARSED:
-        return (
-            [item("crate", "tiny", TRAINING, [OURS, RELEASED])],
-            [profiled | {"shape": "tiny"}],
-            [item("growth", "N = 17", INFERENCE, [OURS]), item("model", "tiny MAE", TRAINING, [OURS])],
-        )
+        more = [item("growth", "N = 17", INFERENCE, [OURS]), item("model", "tiny MAE", TRAINING, [OURS])]
+        models = [item("crate", "tiny", TRAINING, [OURS, RELEASED])]
+        return {"models": models, "profile": [profiled | {"shape": "tiny"}], "more": more}
     compiled = [name for name in PEERS["crate"] if name.endswith((COMPILED, GRAPHS))]
     plain = [name for name in PEERS["crate"] if name not in compiled]
     compiled.sort(key=lambda name: not name.startswith(VIT))  # the peer of the goal first
@@ -168,7 +162,7 @@ def _model_items() -> tuple[list[dict], list[dict], list[dict]]:
     more += [item("crate", model, TRAINING, [OURS, OURS + GRAPHS]) for model in ("T/16", "S/8")]  # eager: host-bound
     more += [item("model", "CRATE-MAE-B", TRAINING, PEERS["model"])]
     more += [item("crate", model, TRAINING, plain) for model in ("α-B/16", "S/8", "T/16", "L/16")]
-    return models, [profiled], more
+    return {"models": models, "profile": [profiled], "more": more}
 
 
 # --- items --------------------------------------------------------------------------------------------------------
