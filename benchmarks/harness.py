@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -88,6 +89,7 @@ class Run:
     facts: dict[str, object]
     measurement_ms: float
     rows: list[dict] = field(default_factory=list)
+    uncaptured: int = 0  # operators that could not be captured in a CUDA graph
 
     @property
     def on_gpu(self) -> bool:
@@ -121,9 +123,15 @@ class Run:
         if graphed:
             call()  # compiles and loads its kernels, which is not allowed during a capture
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                call()
-            call = graph.replay
+            try:
+                with torch.cuda.graph(graph):
+                    call()
+                call = graph.replay
+            except RuntimeError as error:  # such as a synchronisation inside
+                print(
+                    f"not captured in a CUDA graph, so the host's time counts: {error}", file=sys.stderr, flush=True
+                )
+                self.uncaptured += 1
         return do_bench(call, rep=self.measurement_ms, return_mode="all")
 
     def peak_mib(self, call: Callable[[], object]) -> float | None:

@@ -183,7 +183,10 @@ def measure_peers(problem: Problem, peers: list[Peer], run: Run) -> list[dict]:
     samples: dict[tuple, list[float]] = {key: [] for key in calls}
     for _ in range(run.rounds):
         for (what, peer), call in calls.items():
+            before = run.uncaptured
             samples[what, peer] += attempt(peer, partial(run.sample_ms, call, problem.graphed)) or []
+            if run.uncaptured > before:
+                facts[peer.name]["captured"] = False  # the host's time counts
     rows = []
     for what, peer in product(problem.timed, peers):
         cost, reason = problem.cost_of(peer, what), reasons.get(peer.name)

@@ -6,6 +6,7 @@ from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import harness
 
@@ -321,4 +322,7 @@ def test_operators_on_a_gpu_are_timed_in_a_cuda_graph(pretended_gpu, monkeypatch
         seen = []
         assert pretended_gpu.sample_ms(lambda seen=seen: seen.append("call"), graphed) == 5 * [1.0]
         assert seen == expected
+    monkeypatch.setattr(torch.cuda, "graph", Mock(side_effect=RuntimeError("it synchronises")))
+    assert pretended_gpu.sample_ms(lambda: None, True) == 5 * [1.0]  # by the host's clock, and counted
+    assert pretended_gpu.uncaptured == 1
     assert pretended_gpu.peak_mib(lambda: None) == 2.0
