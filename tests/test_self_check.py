@@ -186,6 +186,8 @@ def test_a_right_kernel_is_checked_once(name, launches, device):
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (129, 70)], ids=str)
 def test_right_kernels_are_well_below_the_limit(rows, width, dtype, product, tf32, device, poisoned):
     for name in KERNELS:
+        if name.startswith("attention") and product != dtype:
+            continue  # its tokens have the products' dtype
         for norm in (True, False) if name in NORMED else (True,):
             assert _share(name, device, dtype, rows, width, product, norm) <= 0.8, (name, norm)
         if name.startswith("attention"):
