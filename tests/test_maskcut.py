@@ -27,6 +27,7 @@ from crate_fast.eval.common.normalized_cut import exact_fp32
 from crate_fast.eval.maskcut import maskcut
 
 GRIDS = [(8, 8), (12, 12), (7, 13), (15, 10)]
+pytestmark = pytest.mark.usefixtures("unsaved_figures")  # not of the shared run
 
 
 def _random(seed: int) -> tuple[np.ndarray, tuple[int, int]]:
@@ -239,11 +240,6 @@ def _words(folder, output, *more) -> list[str]:
 def _run(folder, output, *more) -> dict:
     assert protocol.main(_words(folder, output, *more)) == 0
     return json.loads((output / "results.json").read_text())
-
-
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):  # except in the shared run
-    monkeypatch.setattr(protocol, "image_grid", lambda *_args, **_more: None)
 
 
 @pytest.fixture(scope="module")
