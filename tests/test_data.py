@@ -61,14 +61,14 @@ def test_epochs_and_seeds_differ():
 
 
 def test_flips_depend_on_the_samples_key(folder):
-    keys = [(epoch, index, 0) for epoch in range(8) for index in range(12)]
+    keys = [(epoch, index, 0) for epoch in range(4) for index in range(12)]
     for config in (SCENES, config_of(folder, hflip=0.5, crop="random")):
         data, plain = build_splits(config).train, build_splits(dataclasses.replace(config, hflip=0.0)).train
         images, still = data.batch(keys).images, plain.batch(keys).images
         flipped = [torch.equal(image, other.flip(-1)) for image, other in zip(images, still, strict=True)]
         kept = [torch.equal(image, other) for image, other in zip(images, still, strict=True)]
-        assert 30 < sum(flipped) < 66  # of 96
-        assert sum(flipped) + sum(kept) == 96
+        assert 12 < sum(flipped) < 36  # of 48
+        assert sum(flipped) + sum(kept) == 48
         assert torch.equal(data.batch(keys[::-1]).images.flip(0), images)
 
 
@@ -142,13 +142,10 @@ def test_missing_data_is_an_error(folder, tmp_path):
             build_splits(config)
 
 
-def test_policies_are_timms_or_torchvisions():
+def test_policies_are_timms_or_torchvisions_and_others_are_refused_with_two_examples():
     assert policy_transform("rand-m9-n3-mstd0.5-inc1").num_layers == 3
     theirs = policy_transform("randaugment-n2-m14")
     assert (theirs.num_ops, theirs.magnitude, theirs.num_magnitude_bins) == (2, 14, 31)
-
-
-def test_unknown_policies_are_refused_with_two_examples():
     for policy in ("randaugment-n0-m14", "randaugment-n2-m31", "randaugment-m14-n2", "rand-x9", "rand-m", "augmix"):
         message = rf"auto_augment='{policy}' is not a policy.*rand-m9-n2-mstd0.5.*randaugment-n2-m14"
         with pytest.raises(UserError, match=message):
