@@ -67,6 +67,18 @@ def test_masks_equal_those_of_the_dense_definition(make, seed):
     assert expected[0].any() or (affinity(features, 0.15, 0.0) == 1).all()
 
 
+def test_a_batch_as_on_a_gpu_has_the_masks_of_its_images():
+    """Images end after different numbers of masks; one whose patches are all alike has none."""
+    seeds = range(0, 30, len(GRIDS))  # of one grid
+    features = [_structured(seed)[0] for seed in seeds]
+    batch = torch.from_numpy(np.stack([np.ones_like(features[0]), *features]))
+    found = protocol._cut_batch(batch, 3, 0.15, GRIDS[0]).masks.numpy()
+    assert not found[0].any()
+    for masks, seed in zip(found[1:], seeds, strict=True):
+        assert np.array_equal(masks, _expected(_structured, seed))
+    assert len({int(masks.any(axis=(1, 2)).sum()) for masks in found}) > 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_masks_of_every_dtype_are_right_and_repeatable(dtype):
     features, grid = torch.from_numpy(_structured(4)[0]).to(dtype), GRIDS[0]
