@@ -18,7 +18,7 @@ import harness  # noqa: F401
 
 import torch
 
-from crate_fast.errors import run_command
+from crate_fast.errors import UserError, run_command
 from crate_fast.train.config import build_config
 from crate_fast.train.data.loader import build_splits, check_batch, train_loader
 
@@ -41,6 +41,8 @@ def measure(argv: list[str] | None) -> None:
         now = time.perf_counter()
         us.append(1e6 * (now - start) / len(batch.images))
         start = now
+    if len(us) < 2:
+        raise UserError("only the first batch, which is not counted: pass a smaller --batch-size or more --batches")
     median = statistics.median(us[1:])
     print(f"{median:,.0f} µs an image, {1e6 / median:,.0f} images/s a core")
     print(f"{GOAL * median / 1e6:,.3g} cores for {GOAL:,} images/s")

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 from gpu_report import times
-from torch.utils.benchmark import Timer
 
 from crate_fast.cpu_ops import onednn_product
 from crate_fast.env import driver_version, provenance, ptxas_version, version_of
@@ -115,6 +114,8 @@ class Run:
     def sample_ms(self, call: Callable[[], object], graphed: bool = False) -> list[float]:
         """Return the milliseconds of a call in a measurement; on a GPU, with `graphed`, of its CUDA graph."""
         if not self.on_gpu:
+            from torch.utils.benchmark import Timer
+
             timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
             measured = timer.blocked_autorange(min_run_time=self.measurement_ms / 1e3)
             return [1e3 * seconds for seconds in measured.times]
@@ -241,13 +242,13 @@ def run_benchmark(
     run = open_run(options)
     on_device = tables[2] if run.smoke else tables[0] if run.on_gpu else tables[1]
     names = [name for sizes in on_device.values() for name in sizes]
-    chosen = names if run.smoke else options.shapes or names
-    for unknown in set(chosen) - set(names):
-        parser.error(f"--shapes {unknown}: on this device there are {', '.join(names)}")
     if not names:
         raise SystemExit(
             "PyTorch finds no GPU: benchmarks/bench_cpu.py measures a CPU, --smoke tests with tiny models"
         )
+    chosen = names if run.smoke else options.shapes or names
+    for unknown in set(chosen) - set(names):
+        parser.error(f"--shapes {unknown}: on this device there are {', '.join(names)}")
     run.measure_ceilings()
     red = False
     for table, sizes in on_device.items():

@@ -136,7 +136,7 @@ def _unpacked(source: Path, split: str, folder: Path) -> Path:
         try:
             with tarfile.open(archive) as file:
                 file.extractall(partial, filter="data")
-        except (tarfile.TarError, OSError) as error:
+        except (tarfile.TarError, OSError, TypeError) as error:  # TypeError: Python before 3.10.12 or 3.11.4
             raise UserError(f"{archive} cannot be unpacked to {folder} ({error})") from error
         inner = partial / split
         (inner if [*partial.iterdir()] == [inner] else partial).rename(goal)
